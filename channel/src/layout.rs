@@ -1,0 +1,138 @@
+//! Where things lie in a session's region, and the numbers both sides must agree on. Bytes only.
+//!
+//! ```text
+//! offset      bytes  what
+//! 0             128  SessionHeader   written once by the host, checked once by the worker
+//! 128           128  Progress        written by the worker, read by the host after its death
+//! 256           128  Doorbell        rung by the host, slept on by the worker's session thread
+//! 384           128  reserved, zero
+//! 512           128  the direct slot
+//! 640       128 * n  the ring's slots
+//! page-aligned    …  arena: payload blocks; its first SCRATCH_BYTES belong to the direct slot
+//! ```
+
+use crate::slot::{Doorbell, Progress, Slot};
+
+/// First eight bytes of every hello and of every session header.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"hotcell\0");
+/// Raised whenever the meaning of any shared byte changes.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Granularity of the region and of its parts.
+pub const PAGE_BYTES: u64 = 4096;
+/// Offset of [`Progress`].
+pub const PROGRESS_OFFSET: u64 = 128;
+/// Offset of [`Doorbell`].
+pub const DOORBELL_OFFSET: u64 = 256;
+/// Offset of the direct slot.
+pub const DIRECT_OFFSET: u64 = 512;
+/// Offset of the ring's first slot.
+pub const RING_OFFSET: u64 = 640;
+/// The start of the arena that the direct slot uses without asking the allocator.
+pub const SCRATCH_BYTES: u64 = 64 * 1024;
+/// Every payload block starts on its own cache line.
+pub const PAYLOAD_ALIGN: u64 = 64;
+/// Largest arena that a region may have.
+pub const ARENA_BYTES_MAX: u64 = 1 << 36;
+
+/// Call index of the first resolved function; the ones below are the session's own.
+pub const FUNCTIONS_BASE: u32 = 16;
+
+/// The sizes of one session's region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Slots in the ring.
+    pub slots: u32,
+    /// Bytes in the arena, a multiple of [`PAGE_BYTES`].
+    pub arena_bytes: u64,
+}
+
+impl Geometry {
+    /// The offset of ring slot `index`.
+    pub const fn slot_offset(index: u32) -> u64 {
+        RING_OFFSET + index as u64 * size_of::<Slot>() as u64
+    }
+
+    /// The offset of the arena.
+    pub const fn arena_offset(&self) -> u64 {
+        Self::slot_offset(self.slots).next_multiple_of(PAGE_BYTES)
+    }
+
+    /// The size of the whole region.
+    pub const fn region_bytes(&self) -> u64 {
+        self.arena_offset() + self.arena_bytes
+    }
+
+    /// Whether these sizes are ones that a region may have.
+    pub const fn is_valid(&self) -> bool {
+        self.slots >= 2
+            && self.slots <= crate::slot::SLOTS_MAX
+            && self.arena_bytes >= SCRATCH_BYTES
+            && self.arena_bytes <= ARENA_BYTES_MAX
+            && self.arena_bytes % PAGE_BYTES == 0
+    }
+}
+
+/// A digest of every size and offset that the two sides must agree on. Two builds that differ in any of them refuse each other
+/// in the handshake.
+pub const LAYOUT_HASH: u64 = {
+    let parts = [
+        PROTOCOL_VERSION as u64,
+        size_of::<Slot>() as u64,
+        size_of::<Progress>() as u64,
+        size_of::<Doorbell>() as u64,
+        PROGRESS_OFFSET,
+        DOORBELL_OFFSET,
+        DIRECT_OFFSET,
+        RING_OFFSET,
+        SCRATCH_BYTES,
+        PAYLOAD_ALIGN,
+        FUNCTIONS_BASE as u64,
+        crate::slot::FUNCTION_BITS as u64,
+        crate::slot::WORDS_MAX as u64,
+        crate::crash::CRASH_PAGE_BYTES as u64,
+        crate::signature::ARGS_MAX as u64,
+        crate::session::FIXED_MAX as u64,
+    ];
+    // FNV-1a over the numbers.
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut i = 0;
+    while i < parts.len() {
+        hash = (hash ^ parts[i]).wrapping_mul(0x0000_0100_0000_01b3);
+        i += 1;
+    }
+    hash
+};
+
+const _: () = {
+    assert!(PROGRESS_OFFSET % 128 == 0 && DOORBELL_OFFSET % 128 == 0);
+    assert!(DIRECT_OFFSET % 128 == 0 && RING_OFFSET % 128 == 0);
+    assert!(RING_OFFSET == DIRECT_OFFSET + 128);
+    assert!(SCRATCH_BYTES % PAGE_BYTES == 0);
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_do_not_overlap() {
+        let g = Geometry { slots: 256, arena_bytes: SCRATCH_BYTES };
+        assert!(g.is_valid());
+        assert!(Geometry::slot_offset(255) + 128 <= g.arena_offset());
+        assert_eq!(g.arena_offset() % PAGE_BYTES, 0);
+        assert_eq!(g.region_bytes(), g.arena_offset() + SCRATCH_BYTES);
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        for (slots, arena_bytes) in [
+            (1, SCRATCH_BYTES),
+            (5000, SCRATCH_BYTES),
+            (8, 0),
+            (8, SCRATCH_BYTES + 1),
+            (8, ARENA_BYTES_MAX * 2),
+        ] {
+            assert!(!Geometry { slots, arena_bytes }.is_valid(), "{slots} {arena_bytes}");
+        }
+    }
+}
