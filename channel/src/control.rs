@@ -10,6 +10,9 @@ use crate::layout::{LAYOUT_HASH, MAGIC, PROTOCOL_VERSION};
 use crate::wait::Policy;
 use serde::{Deserialize, Serialize};
 
+/// The first argument of a worker's command line; the second is the host's process id. The control socket is its standard input.
+pub const WORKER_MARKER: &str = "--hotcell-worker";
+
 /// Largest frame on the control socket.
 pub const FRAME_BYTES_MAX: usize = 4096;
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 /// Does nothing.
 pub const NOP: u32 = 0;
-/// Loads, resolves, unloads: see [`Request`].
+/// Loads and resolves: see [`Request`].
 pub const DIRECTORY: u32 = 1;
 /// Copies worker memory into the arena, or fails with [`FAULT`].
 pub const READ: u32 = 2;
@@ -49,12 +49,10 @@ pub const NO_MEMORY: u64 = 4;
 /// Status: the request is none of this version, or names a function that was never resolved.
 pub const BAD_REQUEST: u64 = 5;
 
-/// In the length word of a returned string: the string is longer than the room for it, or the pointer was null with [`STRING_NULL`].
+/// In the length word of a returned string: the string is longer than the room for it.
 pub const STRING_LONGER: u64 = u64::MAX;
 /// In the length word of a returned string: the function returned a null pointer.
 pub const STRING_NULL: u64 = u64::MAX - 1;
-/// In the length word of a returned string: the returned address is not readable.
-pub const STRING_FAULT: u64 = u64::MAX - 2;
 
 /// Largest encoded [`Request`] or [`Answer`].
 pub const DIRECTORY_BYTES_MAX: usize = 16 << 10;
@@ -82,11 +80,6 @@ pub enum Request {
         /// Whether replies carry `errno` as the call left it.
         errno: bool,
     },
-    /// Forget a module and its functions.
-    Unload {
-        /// The module's number.
-        module: u32,
-    },
 }
 
 /// The directory's answer. Untrusted, like everything from a worker.
@@ -96,8 +89,6 @@ pub enum Answer {
     Loaded(u32),
     /// The function's call index.
     Resolved(u32),
-    /// Done.
-    Unloaded,
     /// It could not be done.
     Failed {
         /// What kind of failure.

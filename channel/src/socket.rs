@@ -80,7 +80,7 @@ pub fn receive(socket: BorrowedFd<'_>, want_fd: bool) -> Result<Packet, PacketEr
     let (length, flags, mut fds) = loop {
         let mut slices = [IoSliceMut::new(&mut buffer)];
         // Without room for control data the kernel installs no descriptor at all: it closes what came and says so in the flags.
-        let room = want_fd.then_some(&mut space);
+        let room = want_fd.then_some(space.as_mut_slice());
         match recvmsg::<()>(socket.as_raw_fd(), &mut slices, room, MsgFlags::MSG_CMSG_CLOEXEC) {
             Ok(message) => {
                 let mut fds = Vec::new();

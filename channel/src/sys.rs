@@ -292,45 +292,29 @@ pub fn original_process() -> &'static AtomicU32 {
     })
 }
 
-/// `process_vm_readv` on the calling process: copies `into.len()` bytes from `address` without ever faulting.
+/// `process_vm_readv` on the calling process: copies `bytes` bytes from one address to another without ever faulting.
 ///
 /// # Errors
-/// `EFAULT` if not all of the range is readable.
-pub fn read_own_memory(address: u64, into: &mut [u8]) -> io::Result<()> {
-    let local = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
-    transfer(libc::process_vm_readv, &local, address)
-}
-
-/// `process_vm_writev` on the calling process: copies `from` to `address` without ever faulting.
+/// `EFAULT` if not all of both ranges is accessible. What was copied up to there stays copied.
 ///
-/// # Errors
-/// `EFAULT` if not all of the range is writable. What was written up to there stays written.
-pub fn write_own_memory(address: u64, from: &[u8]) -> io::Result<()> {
-    let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
-    transfer(libc::process_vm_writev, &local, address)
-}
-
-type Transfer = unsafe extern "C" fn(
-    libc::pid_t,
-    *const libc::iovec,
-    libc::c_ulong,
-    *const libc::iovec,
-    libc::c_ulong,
-    libc::c_ulong,
-) -> libc::ssize_t;
-
-fn transfer(call: Transfer, local: &libc::iovec, address: u64) -> io::Result<()> {
+/// # Safety
+/// The target range may be overwritten: it is not memory that Rust code relies on.
+pub unsafe fn copy_own_memory(target: u64, source: u64, bytes: u64) -> io::Result<()> {
     let fault = || io::Error::from_raw_os_error(libc::EFAULT);
-    let remote = libc::iovec {
-        iov_base: std::ptr::with_exposed_provenance_mut(usize::try_from(address).map_err(|_| fault())?),
-        iov_len: local.iov_len,
+    let range = |address: u64| -> io::Result<libc::iovec> {
+        Ok(libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(usize::try_from(address).map_err(|_| fault())?),
+            iov_len: usize::try_from(bytes).map_err(|_| fault())?,
+        })
     };
-    // SAFETY: `local` is a live buffer of the stated length, writable for the reading call. `remote` is only an address for the kernel, which
-    // checks it and never faults this process. (A write to memory of this process changes it behind Rust's back: only the worker writes,
-    // and only where its host's caller says, which is what running foreign code means.)
-    let moved = unsafe { call(std::process::id().cast_signed(), local, 1, &raw const remote, 1, 0) };
-    match usize::try_from(moved) {
-        Ok(moved) if moved == local.iov_len => Ok(()),
+    let (target, source) = (range(target)?, range(source)?);
+    // SAFETY: both ranges are only addresses for the kernel, which checks every page of them and never faults this process; the caller vouches
+    // for what is overwritten.
+    let moved = unsafe {
+        libc::process_vm_readv(std::process::id().cast_signed(), &raw const target, 1, &raw const source, 1, 0)
+    };
+    match u64::try_from(moved) {
+        Ok(moved) if moved == bytes => Ok(()),
         Ok(_) => Err(fault()),
         Err(_) => Err(io::Error::last_os_error()),
     }
@@ -342,13 +326,19 @@ mod tests {
     use std::os::fd::AsFd;
 
     #[test]
-    fn own_memory_is_read_and_a_bad_address_is_an_error() {
+    fn own_memory_is_copied_and_a_bad_address_is_an_error() {
         let source = *b"hello";
         let mut target = [0u8; 5];
-        read_own_memory(source.as_ptr().expose_provenance() as u64, &mut target).unwrap();
+        let from = source.as_ptr().expose_provenance() as u64;
+        let to = target.as_mut_ptr().expose_provenance() as u64;
+        // SAFETY: the target is a local array that is read only afterwards.
+        unsafe { copy_own_memory(to, from, 5) }.unwrap();
         assert_eq!(target, source);
-        assert_eq!(read_own_memory(8, &mut target).unwrap_err().raw_os_error(), Some(libc::EFAULT));
-        assert_eq!(write_own_memory(8, &source).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+        for (to, from) in [(to, 8), (8, from), (to, u64::MAX)] {
+            // SAFETY: as above; these copy nothing.
+            let error = unsafe { copy_own_memory(to, from, 5) }.unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        }
     }
 
     #[test]
