@@ -1,0 +1,69 @@
+//! Servo's `ipc-channel`: a sender and a receiver each way, the messages serialised.
+
+use ipc_channel::ipc::{self, IpcOneShotServer, IpcReceiver, IpcSender};
+use serde::{Deserialize, Serialize};
+
+use crate::Result;
+use crate::cpus::Cpus;
+use crate::measure::Row;
+use crate::process::{Caller, Peer};
+use crate::roster::Roster;
+
+pub const NAME: &str = "peer/ipc_channel";
+
+pub fn enlist(roster: &mut Roster) {
+    roster.add(NAME, ChannelRow::open);
+}
+
+#[derive(Serialize, Deserialize)]
+struct Request {
+    function: u32,
+    a: i32,
+    b: i32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Reply {
+    result: i32,
+}
+
+/// What the peer sends first: the caller's ends.
+type Ends = (IpcSender<Request>, IpcReceiver<Reply>);
+
+/// Dropped in this order: the peer ends when its requests do.
+struct ChannelRow {
+    requests: IpcSender<Request>,
+    replies: IpcReceiver<Reply>,
+    _peer: Peer,
+}
+
+impl ChannelRow {
+    fn open(cpus: &Cpus) -> Result<Self> {
+        let (server, name) = IpcOneShotServer::<Ends>::new()?;
+        let peer = Peer::start(cpus, NAME, &[&name], &[])?;
+        let (_, (requests, replies)) = server.accept()?;
+        Ok(Self { requests, replies, _peer: peer })
+    }
+}
+
+impl Row for ChannelRow {
+    #[inline(always)]
+    fn call(&mut self, a: i32, b: i32) -> i32 {
+        self.requests.send(Request { function: 0, a, b }).expect("the peer receives");
+        self.replies.recv().expect("the peer answers").result
+    }
+}
+
+pub fn serve(mut caller: Caller) -> Result<()> {
+    let (request_sender, requests) = ipc::channel::<Request>()?;
+    let (replies, reply_receiver) = ipc::channel::<Reply>()?;
+    IpcSender::connect(caller.argument(0)?.to_owned())?.send((request_sender, reply_receiver))?;
+    caller.ready()?;
+    while let Ok(request) = requests.recv() {
+        if request.function != 0 {
+            return Err("no such function".into());
+        }
+        replies.send(Reply { result: crate::add(request.a, request.b) })?;
+    }
+    Ok(())
+}

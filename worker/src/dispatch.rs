@@ -1,0 +1,296 @@
+#![allow(unsafe_code)]
+//! The call itself: words from the slot into registers, a foreign function, its result back into the slot.
+//!
+//! **Law.** What is called is foreign code at an address that the dynamic linker gave for a symbol, with a signature that the host's caller
+//! vouches for. If that signature is wrong, this process may crash or compute nonsense; nothing outside it is touched. That is the promise of the cell,
+//! and why calling from here is acceptable where in the host it would not be.
+//!
+//! Under the System V x86-64 ABI a function whose arguments all travel in registers can be called through one fixed shape: six integer
+//! registers, and eight vector registers if it takes floats. Registers beyond the function's own are caller-saved scratch to it; a result comes back in
+//! `rax` or `xmm0`. The record already lists integer words first and float words after them (see [`hotcell_channel::signature`]), so
+//! the shape is loads and a call. Everything else (stack arguments, variadic functions, other machines) goes through libffi.
+
+use hotcell_channel::session::{STRING_LONGER, STRING_NULL};
+use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
+use hotcell_channel::slot::{Slot, WORDS_MAX};
+use libffi::middle::{self, Cif};
+use std::ffi::c_void;
+
+type Foreign = unsafe extern "C" fn();
+type Integers = unsafe extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
+#[rustfmt::skip]
+type Mixed<R> = unsafe extern "C" fn(
+    u64, u64, u64, u64, u64, u64, f64, f64, f64, f64, f64, f64, f64, f64,
+) -> R;
+
+/// Integer argument registers of the fixed shape.
+const INTEGER_REGISTERS: usize = 6;
+/// Vector argument registers of the fixed shape.
+const FLOAT_REGISTERS: usize = 8;
+const _: () = assert!(INTEGER_REGISTERS + FLOAT_REGISTERS <= WORDS_MAX);
+
+/// How the arguments travel.
+enum Shape {
+    /// Integer registers only.
+    Integers(Integers),
+    /// Integer and vector registers, integer result; the float words start at the index.
+    Mixed(Mixed<u64>, usize),
+    /// Integer and vector registers, float result; the float words start at the index.
+    MixedFloat(Mixed<f64>, usize),
+    /// libffi's prepared call interface.
+    Prepared(Box<Prepared>),
+}
+
+struct Prepared {
+    cif: Cif,
+    function: Foreign,
+    /// Which word each argument is in, in declared order.
+    words: Vec<u8>,
+}
+
+/// A resolved function, ready to be called.
+pub(crate) struct Callable {
+    shape: Shape,
+    /// Whether anything is to be done besides the call itself: errno, a returned string.
+    plain: bool,
+    errno: bool,
+    string: bool,
+    /// Argument words, those for a returned string included.
+    words: usize,
+}
+
+impl Callable {
+    pub(crate) fn new(function: Foreign, signature: &Signature, errno: bool) -> Result<Self, String> {
+        if signature.args.len() > ARGS_MAX {
+            return Err(format!("{} arguments where at most {ARGS_MAX} are possible", signature.args.len()));
+        }
+        if let Some(at) = signature.args.iter().position(|t| *t == Type::Void) {
+            return Err(format!("argument {at} is void"));
+        }
+        let (integers, floats) = signature.class_counts();
+        let registers_do = cfg!(target_arch = "x86_64")
+            && signature.variadic_after.is_none()
+            && integers <= INTEGER_REGISTERS
+            && floats <= FLOAT_REGISTERS;
+        let float_result = matches!(signature.returns, Type::F32 | Type::F64);
+        let shape = match (registers_do, floats, float_result) {
+            // SAFETY: only the pointer's type changes; all function pointers have one size. What calling it through this type means is
+            // argued at the call.
+            (true, 0, false) => Shape::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) }),
+            // SAFETY: as above.
+            (true, _, false) => {
+                Shape::Mixed(unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) }, integers)
+            }
+            // SAFETY: as above.
+            (true, _, true) => {
+                Shape::MixedFloat(unsafe { std::mem::transmute::<Foreign, Mixed<f64>>(function) }, integers)
+            }
+            (false, ..) => Shape::Prepared(Box::new(Prepared::new(function, signature)?)),
+        };
+        let string = signature.returns == Type::CString;
+        let words = signature.args.len() + if string { 2 } else { 0 };
+        Ok(Self { shape, plain: !errno && !string, errno, string, words })
+    }
+
+    /// Calls the function with the words in `slot` and leaves the result there.
+    #[inline(always)]
+    pub(crate) fn invoke(&self, slot: &Slot) {
+        if self.plain {
+            let result = self.call(slot);
+            slot.set_word(0, result);
+        } else {
+            self.invoke_with_extras(slot);
+        }
+    }
+
+    fn invoke_with_extras(&self, slot: &Slot) {
+        // The words behind the arguments say where a returned string goes; read them before the reply overwrites any word.
+        let (target, capacity) = if self.string {
+            let word = |i| if self.words > WORDS_MAX { spilled(slot, i) } else { slot.word(i) };
+            (word(self.words - 2), word(self.words - 1))
+        } else {
+            (0, 0)
+        };
+        if self.errno {
+            set_errno(0);
+        }
+        let result = self.call(slot);
+        let errno = if self.errno { get_errno() } else { 0 };
+        slot.set_word(0, result);
+        if self.string {
+            slot.set_word(1, copy_string(result, target, capacity));
+        }
+        slot.set_word(2, u64::from(errno.cast_unsigned()));
+    }
+
+    #[inline(always)]
+    fn call(&self, slot: &Slot) -> u64 {
+        let i = |at: usize| slot.word(at);
+        match &self.shape {
+            Shape::Integers(function) => {
+                // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
+                // integer arguments; it has no others (checked in `new`).
+                unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }
+            }
+            Shape::Mixed(function, first) => {
+                let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
+                // SAFETY: as above, with eight vector registers; an f32 lies in the low half of its word as in its register.
+                unsafe {
+                    function(i(0), i(1), i(2), i(3), i(4), i(5), f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+                }
+            }
+            Shape::MixedFloat(function, first) => {
+                let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
+                // SAFETY: as above; the result is in xmm0, an f32 in its low half.
+                unsafe {
+                    function(i(0), i(1), i(2), i(3), i(4), i(5), f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+                }
+                .to_bits()
+            }
+            Shape::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
+        }
+    }
+}
+
+impl Prepared {
+    fn new(function: Foreign, signature: &Signature) -> Result<Self, String> {
+        let args = signature.args.iter().map(|t| ffi_type(*t));
+        let result = ffi_type(signature.returns);
+        let cif = match signature.variadic_after {
+            Some(fixed) => Cif::try_new_variadic(args, usize::from(fixed), result),
+            None => Cif::try_new(args, result),
+        }
+        .map_err(|error| format!("libffi: {error:?}"))?;
+        Ok(Self { cif, function, words: signature.word_indexes() })
+    }
+
+    #[inline(never)]
+    fn call(&self, slot: &Slot, spills: bool) -> u64 {
+        let mut values = [0u64; ARGS_MAX];
+        for (i, value) in values.iter_mut().enumerate().take(self.words.len()) {
+            *value = if spills { spilled(slot, i) } else { slot.word(i) };
+        }
+        let mut arguments = [std::ptr::null_mut::<c_void>(); ARGS_MAX];
+        for (argument, word) in arguments.iter_mut().zip(&self.words) {
+            // Little-endian: a narrower argument is the first bytes of its word.
+            *argument = (&raw mut values[usize::from(*word)]).cast();
+        }
+        let mut result = 0u64;
+        // SAFETY: the module's law for the function. The interface was prepared for as many arguments as `words` has, each pointer is to eight live
+        // bytes of which libffi reads the type's size; the result takes at most eight bytes (no struct or long double type exists), and libffi
+        // widens smaller integers to a whole register.
+        unsafe {
+            libffi::low::call_return_into(
+                self.cif.as_raw_ptr(),
+                libffi::low::CodePtr::from_fun(self.function),
+                arguments.as_mut_ptr(),
+                (&raw mut result).cast(),
+            );
+        }
+        result
+    }
+}
+
+fn ffi_type(t: Type) -> middle::Type {
+    match t {
+        Type::Void => middle::Type::void(),
+        Type::Bool | Type::U8 => middle::Type::u8(),
+        Type::Char | Type::I8 => middle::Type::i8(),
+        Type::I16 => middle::Type::i16(),
+        Type::I32 => middle::Type::i32(),
+        Type::I64 | Type::I64Fast => middle::Type::i64(),
+        Type::U16 => middle::Type::u16(),
+        Type::U32 => middle::Type::u32(),
+        Type::U64 | Type::U64Fast => middle::Type::u64(),
+        Type::F32 => middle::Type::f32(),
+        Type::F64 => middle::Type::f64(),
+        _ => middle::Type::pointer(),
+    }
+}
+
+/// Word `index` of a call whose words do not fit the slot: word 0 is the address of a block that has them all.
+fn spilled(slot: &Slot, index: usize) -> u64 {
+    let Ok(base) = usize::try_from(slot.word(0)) else { return 0 };
+    let word = std::ptr::with_exposed_provenance::<u64>(base).wrapping_add(index);
+    // SAFETY: the host put the block's address there, in the arena that this process has mapped, eight-aligned, with room for all words of the call.
+    // The worker trusts its host. Volatile, because the arena is shared memory.
+    unsafe { word.read_volatile() }
+}
+
+/// Copies the string at `source` to `target`, at most `capacity` bytes, without its NUL. Gives its length.
+fn copy_string(source: u64, target: u64, capacity: u64) -> u64 {
+    let (Ok(source), Ok(target), Ok(room)) = (usize::try_from(source), usize::try_from(target), usize::try_from(capacity))
+    else {
+        return STRING_LONGER;
+    };
+    if source == 0 {
+        return STRING_NULL;
+    }
+    let source = std::ptr::with_exposed_provenance::<libc::c_char>(source);
+    // SAFETY: `source` is what the function returned as a C string. If it is not one, this faults like any other use of it, inside the
+    // call, and the crash report names the function.
+    let length = unsafe { libc::strnlen(source, room) };
+    // SAFETY: `length` bytes are readable (just read) and `target` has room for `capacity` bytes, which the host reserved in the arena for this call.
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            source.cast::<u8>(),
+            std::ptr::with_exposed_provenance_mut::<u8>(target),
+            length,
+        );
+    }
+    // With the room used up, one more byte would tell whether the string ends right there; the host asks again instead.
+    if length == room { STRING_LONGER } else { length as u64 }
+}
+
+fn set_errno(value: i32) {
+    // SAFETY: the thread's own errno, always a valid address.
+    unsafe { *libc::__errno_location() = value }
+}
+
+fn get_errno() -> i32 {
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    extern "C" fn weigh(a: i8, x: f32, b: u64, y: f64) -> f64 {
+        f64::from(a) + f64::from(x) * 10.0 + b as f64 * 100.0 + y * 1000.0
+    }
+
+    extern "C" fn last_of_nine(_: i64, _: i64, _: i64, _: i64, _: i64, _: i64, _: i64, _: i64, last: i16) -> i16 {
+        last
+    }
+
+    fn foreign(address: usize) -> Foreign {
+        // SAFETY: the addresses given below are those of functions.
+        unsafe { std::mem::transmute::<usize, Foreign>(address) }
+    }
+
+    #[test]
+    fn registers_get_integers_and_floats_from_their_words() {
+        let signature = Signature::new([Type::I8, Type::F32, Type::U64, Type::F64], Type::F64);
+        let callable = Callable::new(foreign(weigh as *const () as usize), &signature, false).unwrap();
+        let slot = Slot::default();
+        let words = [u64::from((-1i64).cast_unsigned()), 2, u64::from(2.0f32.to_bits()), 3.0f64.to_bits()];
+        for (i, word) in words.into_iter().enumerate() {
+            slot.set_word(i, word);
+        }
+        callable.invoke(&slot);
+        assert_eq!(f64::from_bits(slot.word(0)), -1.0 + 20.0 + 200.0 + 3000.0);
+    }
+
+    #[test]
+    fn arguments_on_the_stack_go_through_libffi() {
+        let mut args = vec![Type::I64; 8];
+        args.push(Type::I16);
+        let callable =
+            Callable::new(foreign(last_of_nine as *const () as usize), &Signature::new(args, Type::I16), false).unwrap();
+        let slot = Slot::default();
+        slot.set_word(8, 0xffff_ffff_ffff_fffe);
+        callable.invoke(&slot);
+        assert_eq!(slot.word(0) as i16, -2);
+    }
+}

@@ -1,0 +1,172 @@
+//! One session: take a request, dispatch it, publish the reply.
+
+use crate::crash_handler;
+use crate::dispatch::Callable;
+use crate::library::Libraries;
+use crate::memory::Blocks;
+use hotcell_channel::layout::FUNCTIONS_BASE;
+use hotcell_channel::region::Region;
+use hotcell_channel::session::{self, Answer, FailureKind, Request};
+use hotcell_channel::slot::{FUNCTIONS_MAX, Slot};
+use hotcell_channel::wait::{self, Policy, Spin, Which};
+use hotcell_channel::{control, sys};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+struct Session<'r> {
+    region: &'r Region,
+    libraries: Libraries,
+    functions: Vec<Callable>,
+    blocks: Blocks,
+}
+
+/// Serves a session on the calling thread until the host closes it. `listening` is called once, when requests can come.
+pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl FnOnce()) {
+    // A panic here is a bug of the worker; the host must see a dead worker, not a session that never answers.
+    let bomb = AbortOnPanic;
+    let _stack = crash_handler::enter_thread();
+    // What runs now, for the crash handler: the thread's own memory, one plain store a call.
+    let running = AtomicU32::new(u32::MAX);
+    crash_handler::set_session(id, &running);
+
+    let mut session = Session { region, libraries: Libraries::default(), functions: Vec::new(), blocks: Blocks::default() };
+    let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
+    let slots = region.geometry().slots;
+    let spin = Spin::new(policy);
+    let (mut direct_count, mut ring_count) = (0u64, 0u64);
+    let mut ring = region.slot(0);
+    let mut prefer = Which::Ring;
+    listening();
+    loop {
+        let which = wait::wait_request(direct, ring, prefer, &spin, bell, progress);
+        let slot = match which {
+            Which::Direct => {
+                prefer = Which::Ring;
+                direct_count += 1;
+                progress.take_direct(direct_count);
+                direct
+            }
+            Which::Ring => {
+                prefer = Which::Direct;
+                ring_count += 1;
+                progress.take_ring(ring_count);
+                ring
+            }
+        };
+        let (function, next) = slot.function();
+        running.store(function, Relaxed);
+        let callable = function.checked_sub(FUNCTIONS_BASE).and_then(|i| session.functions.get(i as usize));
+        if let Some(callable) = callable {
+            callable.invoke(slot);
+        } else if function == session::CLOSE {
+            break close(session, slot, bomb);
+        } else {
+            session.fixed(function, slot);
+        }
+        running.store(u32::MAX, Relaxed);
+        if which == Which::Ring {
+            ring = region.slot(next % slots);
+        }
+        wait::reply(slot);
+    }
+}
+
+#[cold]
+fn close(session: Session<'_>, slot: &Slot, bomb: AbortOnPanic) {
+    // Frees blocks and unloads libraries, whose destructors run here, inside the call's deadline.
+    drop(session);
+    slot.set_word(0, session::OK);
+    wait::reply(slot);
+    std::mem::forget(bomb);
+}
+
+impl Session<'_> {
+    /// The session's own functions: see [`hotcell_channel::session`].
+    #[cold]
+    #[inline(never)]
+    fn fixed(&mut self, function: u32, slot: &Slot) {
+        let word = |i| slot.word(i);
+        let status = match function {
+            session::NOP => session::OK,
+            session::DIRECTORY => {
+                let (status, length) = self.directory(word(0), word(1), word(2));
+                slot.set_word(1, length);
+                status
+            }
+            session::READ | session::WRITE => self.blocks.copy(word(0), word(1), word(2)),
+            session::ALLOCATE => {
+                let (status, address) = self.blocks.allocate(word(0));
+                slot.set_word(1, address);
+                status
+            }
+            session::FREE => self.blocks.free(word(0)),
+            session::READ_STRING => {
+                let (status, length) = self.blocks.copy_string(word(0), word(1), word(2));
+                slot.set_word(1, length);
+                status
+            }
+            _ => session::BAD_REQUEST,
+        };
+        slot.set_word(0, status);
+    }
+
+    fn directory(&mut self, address: u64, length: u64, capacity: u64) -> (u64, u64) {
+        let offset = address.wrapping_sub(self.region.arena_address());
+        let Ok(length) = usize::try_from(length.min(session::DIRECTORY_BYTES_MAX as u64)) else {
+            return (session::BAD_REQUEST, 0);
+        };
+        let mut request = vec![0; length];
+        if !self.region.read(offset, &mut request) {
+            return (session::BAD_REQUEST, 0);
+        }
+        let Ok(request) = control::decode::<Request>(&request) else { return (session::BAD_REQUEST, 0) };
+        let mut answer = match request {
+            Request::Load { name, now, global } => self.libraries.load(&name, now, global),
+            Request::Resolve { module, symbol, signature, errno } => {
+                if self.functions.len() >= (FUNCTIONS_MAX - FUNCTIONS_BASE) as usize {
+                    failed(FailureKind::TooManyFunctions, format!("{} functions", self.functions.len()))
+                } else {
+                    match self.libraries.resolve(module, &symbol, &signature, errno) {
+                        Ok(callable) => {
+                            self.functions.push(callable);
+                            // Fits: the length was just checked against FUNCTIONS_MAX.
+                            let index = u32::try_from(self.functions.len() - 1).unwrap_or(u32::MAX);
+                            Answer::Resolved(FUNCTIONS_BASE + index)
+                        }
+                        Err(answer) => answer,
+                    }
+                }
+            }
+        };
+        if let Answer::Failed { detail, .. } = &mut answer {
+            // The linker's words can be as long as a path list; what does not fit the block is cut.
+            let room = usize::try_from(capacity).unwrap_or(0).saturating_sub(64);
+            let mut end = detail.len().min(room);
+            while !detail.is_char_boundary(end) {
+                end -= 1;
+            }
+            detail.truncate(end);
+        }
+        let bytes = control::encode(&answer);
+        if bytes.len() as u64 > capacity || !self.region.write(offset, &bytes) {
+            return (session::TOO_LONG, 0);
+        }
+        (session::OK, bytes.len() as u64)
+    }
+}
+
+pub(crate) fn failed(kind: FailureKind, detail: impl Into<String>) -> Answer {
+    Answer::Failed { kind, detail: detail.into() }
+}
+
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+        // The thread's end without CLOSE: foreign code ended it (pthread_exit). Nobody would ever answer.
+        eprintln!("hotcell-worker: foreign code ended the session's thread");
+        sys::exit_now(134);
+    }
+}
