@@ -204,7 +204,20 @@ const _: () = {
 pub struct Region {
     mapping: Mapping,
     geometry: Geometry,
+    /// Where the hot path goes, so that it neither computes nor checks.
+    direct: Hot<Slot>,
+    bell: Hot<Doorbell>,
+    progress: Hot<Progress>,
 }
+
+/// A pointer into the region's own mapping, to a struct of atomics.
+#[derive(Debug)]
+struct Hot<T>(NonNull<T>);
+
+// SAFETY: as for `Mapping`, of which it is a part: T consists of atomics.
+unsafe impl<T> Send for Hot<T> {}
+// SAFETY: as for Send.
+unsafe impl<T> Sync for Hot<T> {}
 
 impl Region {
     /// Host: makes, seals, allocates (header, slots and the direct slot's scratch) and maps a region, and writes its header.
@@ -224,7 +237,7 @@ impl Region {
             bytes,
             source,
         })?;
-        let region = Self { mapping: Mapping::new(fd.as_fd(), bytes)?, geometry };
+        let region = Self::new(Mapping::new(fd.as_fd(), bytes)?, geometry);
         let header = region.header();
         header.magic.store(MAGIC, Relaxed);
         header.layout_hash.store(LAYOUT_HASH, Relaxed);
@@ -243,7 +256,7 @@ impl Region {
         if !geometry.is_valid() {
             return Err(RegionError::WrongHeader);
         }
-        let region = Self { mapping: Mapping::new(fd, geometry.region_bytes())?, geometry };
+        let region = Self::new(Mapping::new(fd, geometry.region_bytes())?, geometry);
         let header = region.header();
         let same = header.magic.load(Relaxed) == MAGIC
             && header.layout_hash.load(Relaxed) == LAYOUT_HASH
@@ -252,6 +265,16 @@ impl Region {
             && header.slots.load(Relaxed) == geometry.slots
             && header.session.load(Relaxed) == session;
         if same { Ok(region) } else { Err(RegionError::WrongHeader) }
+    }
+
+    fn new(mapping: Mapping, geometry: Geometry) -> Self {
+        // SAFETY: Slot consists of atomics only.
+        let direct = Hot(NonNull::from(unsafe { mapping.atomics::<Slot>(DIRECT_OFFSET) }));
+        // SAFETY: Doorbell consists of atomics only.
+        let bell = Hot(NonNull::from(unsafe { mapping.atomics::<Doorbell>(DOORBELL_OFFSET) }));
+        // SAFETY: Progress consists of atomics only.
+        let progress = Hot(NonNull::from(unsafe { mapping.atomics::<Progress>(PROGRESS_OFFSET) }));
+        Self { mapping, geometry, direct, bell, progress }
     }
 
     fn header(&self) -> &SessionHeader {
@@ -265,9 +288,10 @@ impl Region {
     }
 
     /// The direct slot.
+    #[inline(always)]
     pub fn direct(&self) -> &Slot {
-        // SAFETY: Slot consists of atomics only.
-        unsafe { self.mapping.atomics(DIRECT_OFFSET) }
+        // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
+        unsafe { self.direct.0.as_ref() }
     }
 
     /// Ring slot `index`.
@@ -282,15 +306,17 @@ impl Region {
     }
 
     /// The doorbell.
+    #[inline(always)]
     pub fn bell(&self) -> &Doorbell {
-        // SAFETY: Doorbell consists of atomics only.
-        unsafe { self.mapping.atomics(DOORBELL_OFFSET) }
+        // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
+        unsafe { self.bell.0.as_ref() }
     }
 
     /// The worker's progress.
+    #[inline(always)]
     pub fn progress(&self) -> &Progress {
-        // SAFETY: Progress consists of atomics only.
-        unsafe { self.mapping.atomics(PROGRESS_OFFSET) }
+        // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
+        unsafe { self.progress.0.as_ref() }
     }
 
     /// Where the arena lies in this process, as a number.

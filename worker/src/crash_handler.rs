@@ -183,10 +183,6 @@ pub(crate) fn set_session(session: u32, running: &AtomicU32) {
     });
 }
 
-/// Has nothing to do: the handler asks the linker itself (`FindObject`), without locks, and the linker knows an
-/// object before its constructors run. To be removed with its call.
-pub(crate) fn note_objects() {}
-
 /// What [`enter_thread`] and [`set_session`] noted, for as long as it holds.
 #[derive(Debug)]
 #[must_use = "the thread loses its signal stack when this drops"]
@@ -374,15 +370,16 @@ fn write_facts(
     info: *const libc::siginfo_t,
     context: Context,
 ) -> Option<Access> {
-    // SAFETY: the kernel gave the handler this siginfo (SA_SIGINFO).
-    let code = unsafe { (*info).si_code };
+    // SAFETY: the kernel gave the handler this siginfo (SA_SIGINFO), and nobody changes it.
+    let information = unsafe { &*info };
+    let code = information.si_code;
     // Only a fault that the kernel raised itself has an address; SI_KERNEL says that the processor gave none.
     let faulted = code > 0
         && code != SI_KERNEL
         && matches!(signal, libc::SIGSEGV | libc::SIGBUS | libc::SIGFPE | libc::SIGILL);
     let fault_address = faulted.then(|| {
         // SAFETY: the union holds an address for these signals and codes.
-        unsafe { (*info).si_addr() }.addr() as u64
+        unsafe { information.si_addr() }.addr() as u64
     });
     let syscall = (signal == libc::SIGSYS && code > 0).then(|| {
         // siginfo of SIGSYS: three ints, padding, the caller's address, then the number of the syscall.

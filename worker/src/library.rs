@@ -4,7 +4,6 @@
 //! **Law.** Loading a library runs foreign code (its constructors), and a symbol's address is foreign code: that is the purpose of this
 //! process. A library stays loaded as long as any [`Callable`] of its session may be called: both live in the session and go with it.
 
-use crate::crash_handler;
 use crate::dispatch::Callable;
 use crate::serve::failed;
 use hotcell_channel::session::{Answer, FailureKind};
@@ -31,7 +30,6 @@ impl Libraries {
         match unsafe { Library::open(Some(name), flags) } {
             Ok(library) => {
                 self.loaded.push(library);
-                crash_handler::note_objects();
                 match u32::try_from(self.loaded.len() - 1) {
                     Ok(index) => Answer::Loaded(index),
                     Err(_) => failed(FailureKind::Linker, "too many modules"),

@@ -104,6 +104,8 @@ impl FutexRow {
 }
 
 impl Row for FutexRow {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         self.record.write_request(a, b);

@@ -26,6 +26,8 @@ extern "C" fn native_add(a: i32, b: i32) -> i32 {
 struct Direct(extern "C" fn(i32, i32) -> i32);
 
 impl Row for Direct {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         black_box(self.0)(a, b)
@@ -39,6 +41,8 @@ struct Libffi {
 }
 
 impl Row for Libffi {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         let function = black_box(self.function);

@@ -2,7 +2,7 @@
 //!
 //! Every row computes `add(a, b)` on the other side of its mechanism, and the caller checks every result. The rows take
 //! turns, round after round, so that whatever drifts in the machine hits them alike. See `measure.rs` for how a
-//! round is timed, `process.rs` for how the other process comes and goes, and `hotcell_rows.rs` for our own rows.
+//! turn is timed, `roster.rs` for their order, `process.rs` for how the other process comes and goes, and `hotcell_rows.rs` for our own rows.
 //!
 //! ```text
 //! cargo bench --bench compare                          the table
@@ -30,7 +30,7 @@ use std::process::ExitCode;
 use clock::Clock;
 use cpus::Cpus;
 use options::{Command, Options};
-use report::{Distance, Report};
+use report::Report;
 use roster::Roster;
 use watchdog::Watchdog;
 
@@ -96,22 +96,18 @@ fn compare(options: &Options) -> Result<ExitCode> {
     Ok(if options.test && report.has_failures() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// All rounds of all rows. The floor comes first in a round, and tells how far apart the cores are in it; the other
-/// rows follow, each round starting with another.
+/// All rounds of all rows.
 fn measure_all(roster: &mut Roster, clock: &Clock, options: &Options) -> Report {
     let mut report = Report::new(roster.names());
     let mut ticks = Vec::with_capacity(measure::MOST_CALLS);
     let watchdog = Watchdog::start();
     for round in 0..options.rounds {
-        let mut distance = Distance::Unknown;
-        for (name, row) in roster.turns(round) {
+        for name in roster.turns(round) {
             watchdog.turn(name);
-            let mean = row.round(clock, options.span, &mut ticks);
-            if name == floor::RECORD {
-                distance = Distance::of(mean);
-            }
-            report.record(name, distance, mean, ticks.iter().map(|&ticks| clock.nanoseconds(ticks)));
+            let mean = roster.row(name).turn(clock, options.span, &mut ticks);
+            report.record(name, mean, ticks.iter().map(|&ticks| clock.nanoseconds(ticks)));
         }
+        report.end_round();
     }
     report
 }

@@ -1,6 +1,6 @@
 //! How a row is timed.
 //!
-//! A round warms the row up and then times two spans of equal length: one block of calls with a single pair of clock
+//! A turn warms the row up and then times two spans of equal length: one block of calls with a single pair of clock
 //! readings, which gives the mean, and one with a pair of readings around each call, which gives the percentiles. Timing
 //! a call of 100 ns by itself costs a fifth of it; a block's mean is free of that, and the percentiles have the clock's
 //! own cost subtracted. All rows are timed the same way.
@@ -17,6 +17,10 @@ const WARM_UP_CHUNK: usize = 32;
 
 /// One way to call `add`.
 pub trait Row {
+    /// Whether a CPU goes idle during this row's turn. A hypervisor may then move it closer or farther, so these rows
+    /// come after those that keep both CPUs awake, which would otherwise not meet the distance the floor met.
+    const IDLES: bool = false;
+
     /// `a + b`, wrapping, computed on the other side.
     fn call(&mut self, a: i32, b: i32) -> i32;
 
@@ -29,12 +33,19 @@ pub trait Row {
 
 /// A [`Row`] as the main loop sees it. The loops around `call` are compiled for each row by itself.
 pub trait Timed {
-    /// Runs one round: returns the mean in nanoseconds and leaves each single call's ticks in `ticks`.
-    fn round(&mut self, clock: &Clock, span: Duration, ticks: &mut Vec<u64>) -> f64;
+    /// See [`Row::IDLES`].
+    fn idles(&self) -> bool;
+
+    /// Runs one turn: returns the mean in nanoseconds and leaves each single call's ticks in `ticks`.
+    fn turn(&mut self, clock: &Clock, span: Duration, ticks: &mut Vec<u64>) -> f64;
 }
 
 impl<R: Row> Timed for R {
-    fn round(&mut self, clock: &Clock, span: Duration, ticks: &mut Vec<u64>) -> f64 {
+    fn idles(&self) -> bool {
+        R::IDLES
+    }
+
+    fn turn(&mut self, clock: &Clock, span: Duration, ticks: &mut Vec<u64>) -> f64 {
         self.wake();
         let calls = warm_up(self, span);
         let mean = block(self, calls);

@@ -15,7 +15,7 @@ Usage: cargo bench --bench compare -- [OPTIONS]
 
 const ROUNDS: usize = 40;
 const QUICK_ROUNDS: usize = 3;
-/// A round is two spans: one timed as a whole, one call by call.
+/// A turn is two spans: one timed as a whole, one call by call.
 const SPAN: Duration = Duration::from_millis(8);
 const TEST_SPAN: Duration = Duration::from_micros(200);
 

@@ -11,11 +11,13 @@ use crate::cpus::Cpus;
 use crate::options::Options;
 use crate::{floor, hotcell_rows};
 
-/// How far apart the two cores are, as the floor shows it: a hypervisor may move either at any time.
+/// How far apart the two cores were in a round, as the floor shows it: a hypervisor may move either at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Distance {
+enum Distance {
     Near,
     Far,
+    /// The floor's turns in the round disagree.
+    Changing,
     /// The floor is not among the rows.
     Unknown,
 }
@@ -24,15 +26,22 @@ pub enum Distance {
 const NEAR_NANOSECONDS: f64 = 150.0;
 
 impl Distance {
-    pub fn of(floor_mean: f64) -> Self {
-        if floor_mean < NEAR_NANOSECONDS { Self::Near } else { Self::Far }
+    /// By the floor's means in one round.
+    fn of(floor_means: &[f64]) -> Self {
+        let near = floor_means.iter().filter(|&&mean| mean < NEAR_NANOSECONDS).count();
+        match near {
+            _ if floor_means.is_empty() => Self::Unknown,
+            0 => Self::Far,
+            _ if near == floor_means.len() => Self::Near,
+            _ => Self::Changing,
+        }
     }
 }
 
-/// One row's rounds at one distance.
+/// One row's turns, of one round or of all rounds at one distance.
 #[derive(Clone)]
 struct Samples {
-    round_means: Vec<f64>,
+    means: Vec<f64>,
     /// Single calls, in tenths of a nanosecond.
     latencies: Histogram<u64>,
 }
@@ -44,17 +53,22 @@ const LONGEST: u64 = 600_000_000_000;
 impl Samples {
     fn new() -> Self {
         let latencies = Histogram::new_with_bounds(1, LONGEST, 3).expect("the bounds are in order");
-        Self { round_means: Vec::new(), latencies }
+        Self { means: Vec::new(), latencies }
     }
 
     fn add(&mut self, other: &Self) {
-        self.round_means.extend(&other.round_means);
+        self.means.extend(&other.means);
         self.latencies.add(&other.latencies).expect("the bounds are the same");
     }
 
-    /// Each round counts the same.
+    fn clear(&mut self) {
+        self.means.clear();
+        self.latencies.reset();
+    }
+
+    /// Each turn counts the same.
     fn mean(&self) -> f64 {
-        self.round_means.iter().sum::<f64>() / self.round_means.len() as f64
+        self.means.iter().sum::<f64>() / self.means.len() as f64
     }
 
     fn quantile(&self, quantile: f64) -> f64 {
@@ -64,11 +78,15 @@ impl Samples {
 
 pub struct Report {
     rows: Vec<Row>,
+    /// The distance in each round so far.
+    rounds: Vec<Distance>,
 }
 
 struct Row {
     name: &'static str,
     failure: Option<String>,
+    /// The round that goes on: its distance is known when it ends.
+    round: Samples,
     samples: BTreeMap<Distance, Samples>,
 }
 
@@ -78,18 +96,28 @@ impl Report {
         let row = |(name, failure): (_, Option<&str>)| Row {
             name,
             failure: failure.map(str::to_owned),
+            round: Samples::new(),
             samples: BTreeMap::new(),
         };
-        Self { rows: rows.map(row).collect() }
+        Self { rows: rows.map(row).collect(), rounds: Vec::new() }
     }
 
-    /// Adds one round of one row: its mean, and its single calls in nanoseconds.
-    pub fn record(&mut self, name: &str, distance: Distance, mean: f64, calls: impl Iterator<Item = f64>) {
+    /// Adds one turn of one row: its mean, and its single calls in nanoseconds.
+    pub fn record(&mut self, name: &str, mean: f64, calls: impl Iterator<Item = f64>) {
         let row = self.rows.iter_mut().find(|row| row.name == name).expect("every row is in the report");
-        let samples = row.samples.entry(distance).or_insert_with(Samples::new);
-        samples.round_means.push(mean);
+        row.round.means.push(mean);
         for nanoseconds in calls {
-            samples.latencies.saturating_record((nanoseconds * TENTHS).round() as u64);
+            row.round.latencies.saturating_record((nanoseconds * TENTHS).round() as u64);
+        }
+    }
+
+    pub fn end_round(&mut self) {
+        let floor = self.rows.iter().find(|row| row.name == floor::RECORD);
+        let distance = Distance::of(floor.map_or(&[], |row| &row.round.means));
+        self.rounds.push(distance);
+        for row in self.rows.iter_mut().filter(|row| row.failure.is_none()) {
+            row.samples.entry(distance).or_insert_with(Samples::new).add(&row.round);
+            row.round.clear();
         }
     }
 
@@ -102,9 +130,10 @@ impl Report {
         let all = self.table(None);
         let mut tables = vec![("All rounds", &all)];
         let (near, far) = (self.table(Some(Distance::Near)), self.table(Some(Distance::Far)));
-        if near.has_samples() && far.has_samples() {
-            tables.push(("Rounds on near cores", &near));
-            tables.push(("Rounds on far cores", &far));
+        // Each by itself when there were both, or when some rounds were neither.
+        if self.rounds.iter().any(|round| round != &self.rounds[0]) {
+            tables.extend(near.has_samples().then_some(("Rounds on near cores", &near)));
+            tables.extend(far.has_samples().then_some(("Rounds on far cores", &far)));
         }
         let notes = self.notes(options, cpus, clock);
         if options.json {
@@ -124,10 +153,7 @@ impl Report {
     }
 
     fn notes(&self, options: &Options, cpus: Cpus, clock: &Clock) -> String {
-        let rounds = |distance| {
-            let floor = self.rows.iter().find(|row| row.name == floor::RECORD);
-            floor.and_then(|row| row.samples.get(&distance)).map_or(0, |samples| samples.round_means.len())
-        };
+        let rounds = |distance| self.rounds.iter().filter(|&&round| round == distance).count();
         let peer_cpu = cpus.peer.map_or("the same CPU".into(), |cpu| format!("CPU {cpu}"));
         let effort = if options.test { "tiny, to see that the rows work" } else { "interleaved" };
         format!(
@@ -137,7 +163,8 @@ impl Report {
              Mean: blocks of calls between two clock readings. Percentiles: single calls by {}, in steps of {:.1} ns, \
              less its own cost of {:.1} ns; a fast row's may lie above its mean, whose calls no clock keeps apart.\n\
              A row that blocks wakes an idle CPU each way; `taskset -c 0` puts both sides on one, which spinning rows refuse.\n\
-             Cores by floor/record: near (under {NEAR_NANOSECONDS} ns) in {} rounds, far in {}.\n",
+             Cores by floor/record, at the start and the end of the rows that keep both awake: \
+             near (under {NEAR_NANOSECONDS} ns) in {} rounds, far in {}, changing in {}.\n",
             cpus.host,
             options.rounds,
             clock.name(),
@@ -145,6 +172,7 @@ impl Report {
             clock.overhead_nanoseconds(),
             rounds(Distance::Near),
             rounds(Distance::Far),
+            rounds(Distance::Changing),
         )
     }
 

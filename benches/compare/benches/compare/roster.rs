@@ -2,9 +2,9 @@
 
 use std::error::Error;
 
-use crate::Result;
 use crate::cpus::Cpus;
 use crate::measure::{Row, Timed};
+use crate::{Result, floor};
 
 pub struct Roster {
     cpus: Cpus,
@@ -47,17 +47,27 @@ impl Roster {
         self.entries.iter().map(|entry| (entry.name, entry.body.as_ref().err().map(String::as_str)))
     }
 
-    /// The rows that work, in the order of this round: the first stays first, the others rotate.
-    pub fn turns(&mut self, round: usize) -> Vec<(&'static str, &mut Box<dyn Timed>)> {
-        let mut turns: Vec<_> = self
-            .entries
-            .iter_mut()
-            .filter_map(|entry| Some((entry.name, entry.body.as_mut().ok()?)))
-            .collect();
-        if let Some((_, others)) = turns.split_first_mut().filter(|(_, others)| !others.is_empty()) {
-            others.rotate_left(round % others.len());
-        }
-        turns
+    /// The names of the rows that work, in the order of this round. The floor opens and closes the rows that keep both
+    /// CPUs awake, so that a change of distance between them does not go unseen; the others follow. Each round starts
+    /// both groups with another row.
+    pub fn turns(&self, round: usize) -> Vec<&'static str> {
+        let group = |idles| {
+            let of_group = |entry: &&Entry| entry.body.as_ref().is_ok_and(|body| body.idles() == idles);
+            let names = self.entries.iter().filter(of_group).map(|entry| entry.name);
+            let mut names: Vec<_> = names.filter(|&name| name != floor::RECORD).collect();
+            let turned = round % names.len().max(1);
+            names.rotate_left(turned);
+            names
+        };
+        let floor = self.entries.iter().find(|entry| entry.name == floor::RECORD && entry.body.is_ok());
+        let floor = floor.map(|entry| entry.name);
+        floor.into_iter().chain(group(false)).chain(floor).chain(group(true)).collect()
+    }
+
+    /// A row that works.
+    pub fn row(&mut self, name: &str) -> &mut dyn Timed {
+        let entry = self.entries.iter_mut().find(|entry| entry.name == name).expect("the row was added");
+        &mut **entry.body.as_mut().expect("the row works")
     }
 }
 

@@ -47,6 +47,8 @@ impl ByteRow {
 }
 
 impl Row for ByteRow {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         let mut message: Message = [0; 64];

@@ -52,6 +52,8 @@ impl EventRow {
 }
 
 impl Row for EventRow {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         self.channel.record().write_request(a, b);

@@ -47,6 +47,8 @@ impl ChannelRow {
 }
 
 impl Row for ChannelRow {
+    const IDLES: bool = true;
+
     #[inline(always)]
     fn call(&mut self, a: i32, b: i32) -> i32 {
         self.requests.send(Request { function: 0, a, b }).expect("the peer receives");

@@ -1,0 +1,624 @@
+//! Calls whose types are known only at run time: by name, with arguments that are checked against the declared signature when the call is made.
+
+use crate::call::{Errno, STRING_ROOM, decode_string, lend_str};
+use crate::error::{CallError, FunctionName, LoadError};
+use crate::module::Module;
+use crate::session::{Block, Frame, Need, RemotePtr, SessionInner, SessionOwner};
+use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
+use hotcell_channel::slot::WORDS_MAX;
+use std::ffi::{CStr, CString};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What a call by name returned.
+///
+/// `TryFrom` gives the Rust type, if the value fits it without loss: `let n: i32 = cell.call("add", (2, 3))?.try_into()?;`
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Value {
+    /// Nothing: the function returns `void`.
+    Void,
+    /// A null string, or what an [`IsolatedProcess`](crate::IsolatedProcess) in error mode `null` gives for a failed call.
+    Null,
+    /// `bool`
+    Bool(bool),
+    /// A signed integer of any size.
+    Signed(i64),
+    /// An unsigned integer of any size.
+    Unsigned(u64),
+    /// `f32`
+    F32(f32),
+    /// `f64`
+    F64(f64),
+    /// An address in the worker.
+    Ptr(RemotePtr),
+    /// A string.
+    CString(CString),
+}
+
+impl Value {
+    fn kind(&self) -> String {
+        match self {
+            Value::Void => "nothing (void)".into(),
+            Value::Null => "null".into(),
+            Value::Bool(b) => format!("the bool {b}"),
+            Value::Signed(n) => format!("the integer {n}"),
+            Value::Unsigned(n) => format!("the integer {n}"),
+            Value::F32(x) => format!("the f32 {x}"),
+            Value::F64(x) => format!("the f64 {x}"),
+            Value::Ptr(p) => format!("the pointer {p}"),
+            Value::CString(_) => "a string".into(),
+        }
+    }
+
+    /// Whether there is no value: `void` or null.
+    pub fn is_null(&self) -> bool {
+        matches!(self, Value::Void | Value::Null)
+    }
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Value::Void => f.write_str("void"),
+            Value::Null => f.write_str("null"),
+            Value::Bool(b) => b.fmt(f),
+            Value::Signed(n) => n.fmt(f),
+            Value::Unsigned(n) => n.fmt(f),
+            Value::F32(x) => x.fmt(f),
+            Value::F64(x) => x.fmt(f),
+            Value::Ptr(p) => p.fmt(f),
+            Value::CString(s) => s.to_string_lossy().fmt(f),
+        }
+    }
+}
+
+macro_rules! from_value {
+    ($($t:ident),+) => {$(
+        impl TryFrom<Value> for $t {
+            type Error = CallError;
+            fn try_from(value: Value) -> Result<$t, CallError> {
+                let fits = match value {
+                    Value::Signed(n) => $t::try_from(n).ok(),
+                    Value::Unsigned(n) => $t::try_from(n).ok(),
+                    _ => None,
+                };
+                fits.ok_or_else(|| CallError::WrongResult { expected: stringify!($t), given: value.kind() })
+            }
+        }
+    )+};
+}
+from_value!(i8, i16, i32, i64, u8, u16, u32, u64, isize, usize);
+
+macro_rules! from_value_exactly {
+    ($($t:ty, $name:literal, $($pattern:pat => $value:expr),+;)+) => {$(
+        impl TryFrom<Value> for $t {
+            type Error = CallError;
+            fn try_from(value: Value) -> Result<$t, CallError> {
+                match value {
+                    $($pattern => Ok($value),)+
+                    other => Err(CallError::WrongResult { expected: $name, given: other.kind() }),
+                }
+            }
+        }
+    )+};
+}
+from_value_exactly! {
+    (), "void", Value::Void => ();
+    bool, "bool", Value::Bool(b) => b;
+    f32, "f32", Value::F32(x) => x;
+    f64, "f64", Value::F64(x) => x, Value::F32(x) => f64::from(x);
+    RemotePtr, "ptr", Value::Ptr(p) => p, Value::Null => RemotePtr::NULL;
+    CString, "string", Value::CString(s) => s;
+    Option<CString>, "string or null", Value::CString(s) => Some(s), Value::Null => None;
+}
+
+impl TryFrom<Value> for String {
+    type Error = CallError;
+    fn try_from(value: Value) -> Result<String, CallError> {
+        CString::try_from(value)?
+            .into_string()
+            .map_err(|_| CallError::WrongResult { expected: "UTF-8 string", given: "a string that is not UTF-8".into() })
+    }
+}
+
+/// An argument of a call by name. Made from numbers, strings, byte slices, pointers and blocks with `into()`.
+///
+/// Integers are accepted for any integer type that can hold them, and for floats; a float is accepted for an integer type if it is a whole
+/// number that the type can hold.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Arg<'a> {
+    /// A null pointer.
+    Null,
+    /// A bool.
+    Bool(bool),
+    /// A signed integer.
+    Signed(i64),
+    /// An unsigned integer.
+    Unsigned(u64),
+    /// A float.
+    Float(f64),
+    /// An address in the worker.
+    Ptr(RemotePtr),
+    /// A block of the session's shared memory.
+    Block(&'a Block),
+    /// A string without a NUL inside.
+    Str(&'a str),
+    /// A C string.
+    CStr(&'a CStr),
+    /// Bytes that the function reads.
+    Bytes(&'a [u8]),
+    /// Bytes that the function reads and writes.
+    BytesMut(&'a mut [u8]),
+    /// Bytes that the function writes; see [`out`].
+    BytesOut(&'a mut [u8]),
+}
+
+/// Bytes that the function only writes: they are not copied to the worker, only back.
+pub fn out(bytes: &mut [u8]) -> Arg<'_> {
+    Arg::BytesOut(bytes)
+}
+
+macro_rules! into_arg {
+    ($($t:ty, $v:ident => $arg:expr;)+) => {$(
+        impl<'a> From<$t> for Arg<'a> {
+            #[inline(always)]
+            fn from($v: $t) -> Arg<'a> {
+                $arg
+            }
+        }
+    )+};
+}
+into_arg! {
+    i8, v => Arg::Signed(v.into());
+    i16, v => Arg::Signed(v.into());
+    i32, v => Arg::Signed(v.into());
+    i64, v => Arg::Signed(v);
+    isize, v => Arg::Signed(v as i64);
+    u8, v => Arg::Unsigned(v.into());
+    u16, v => Arg::Unsigned(v.into());
+    u32, v => Arg::Unsigned(v.into());
+    u64, v => Arg::Unsigned(v);
+    usize, v => Arg::Unsigned(v as u64);
+    f32, v => Arg::Float(v.into());
+    f64, v => Arg::Float(v);
+    bool, v => Arg::Bool(v);
+    RemotePtr, v => Arg::Ptr(v);
+    &'a Block, v => Arg::Block(v);
+    &'a str, v => Arg::Str(v);
+    &'a String, v => Arg::Str(v);
+    &'a CStr, v => Arg::CStr(v);
+    &'a CString, v => Arg::CStr(v);
+    &'a [u8], v => Arg::Bytes(v);
+    &'a Vec<u8>, v => Arg::Bytes(v);
+    &'a mut [u8], v => Arg::BytesMut(v);
+    &'a mut Vec<u8>, v => Arg::BytesMut(v);
+}
+impl<'a, const N: usize> From<&'a [u8; N]> for Arg<'a> {
+    fn from(v: &'a [u8; N]) -> Arg<'a> {
+        Arg::Bytes(v)
+    }
+}
+impl<'a, const N: usize> From<&'a mut [u8; N]> for Arg<'a> {
+    fn from(v: &'a mut [u8; N]) -> Arg<'a> {
+        Arg::BytesMut(v)
+    }
+}
+impl<'a, T: Into<Arg<'a>>> From<Option<T>> for Arg<'a> {
+    fn from(v: Option<T>) -> Arg<'a> {
+        v.map_or(Arg::Null, Into::into)
+    }
+}
+/// What a call returned, as an argument of the next one. A string's bytes are borrowed.
+impl<'a> From<&'a Value> for Arg<'a> {
+    fn from(v: &'a Value) -> Arg<'a> {
+        match v {
+            Value::Void | Value::Null => Arg::Null,
+            Value::Bool(b) => Arg::Bool(*b),
+            Value::Signed(n) => Arg::Signed(*n),
+            Value::Unsigned(n) => Arg::Unsigned(*n),
+            Value::F32(x) => Arg::Float((*x).into()),
+            Value::F64(x) => Arg::Float(*x),
+            Value::Ptr(p) => Arg::Ptr(*p),
+            Value::CString(s) => Arg::CStr(s),
+        }
+    }
+}
+
+impl fmt::Display for Arg<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Arg::Null => f.write_str("null"),
+            Arg::Bool(b) => write!(f, "the bool {b}"),
+            Arg::Signed(n) => write!(f, "the integer {n}"),
+            Arg::Unsigned(n) => write!(f, "the integer {n}"),
+            Arg::Float(x) => write!(f, "the float {x}"),
+            Arg::Ptr(p) => write!(f, "the pointer {p}"),
+            Arg::Block(block) => write!(f, "a block of {} bytes", block.len()),
+            Arg::Str(s) => write!(f, "a string of {} bytes", s.len()),
+            Arg::CStr(s) => write!(f, "a string of {} bytes", s.count_bytes()),
+            Arg::Bytes(b) => write!(f, "{} bytes", b.len()),
+            Arg::BytesMut(b) | Arg::BytesOut(b) => write!(f, "{} writable bytes", b.len()),
+        }
+    }
+}
+
+/// The arguments of a call by name: a tuple of up to twelve, an array, or a `Vec` of things that are [`Arg`]s.
+pub trait IntoArgs<'a> {
+    #[doc(hidden)]
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R;
+}
+
+impl<'a> IntoArgs<'a> for () {
+    #[inline(always)]
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut [])
+    }
+}
+impl<'a, T: Into<Arg<'a>>, const N: usize> IntoArgs<'a> for [T; N] {
+    #[inline(always)]
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut self.map(Into::into))
+    }
+}
+impl<'a, T: Into<Arg<'a>>> IntoArgs<'a> for Vec<T> {
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut self.into_iter().map(Into::into).collect::<Vec<_>>())
+    }
+}
+macro_rules! tuples {
+    ($($($T:ident $i:tt),+;)+) => {$(
+        impl<'a, $($T: Into<Arg<'a>>),+> IntoArgs<'a> for ($($T,)+) {
+            #[inline(always)]
+            fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+                body(&mut [$(self.$i.into()),+])
+            }
+        }
+    )+};
+}
+tuples! {
+    A 0;
+    A 0, B 1;
+    A 0, B 1, C 2;
+    A 0, B 1, C 2, D 3;
+    A 0, B 1, C 2, D 3, E 4;
+    A 0, B 1, C 2, D 3, E 4, F 5;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9, K 10;
+    A 0, B 1, C 2, D 3, E 4, F 5, G 6, H 7, I 8, J 9, K 10, L 11;
+}
+
+/// A resolved function whose signature is known at run time. What [`Function`](crate::Function) says about signatures and results holds here too.
+#[derive(Clone, Debug)]
+pub struct DynFunction {
+    session: Arc<SessionInner>,
+    index: u32,
+    label: u32,
+    /// A second call index, whose replies carry `errno`; resolved when it is first asked for.
+    with_errno: Arc<std::sync::OnceLock<u32>>,
+    timeout: Duration,
+    function: Arc<Declared>,
+    module: Module,
+    _owner: Arc<SessionOwner>,
+}
+
+#[derive(Debug)]
+struct Declared {
+    name: Arc<FunctionName>,
+    signature: Signature,
+    words: Vec<u8>,
+    takes_callback: bool,
+}
+
+impl DynFunction {
+    pub(crate) fn resolve(module: &Module, symbol: &str, signature: Signature) -> Result<Self, LoadError> {
+        let resolved = module.resolve(symbol, &signature, false)?;
+        let owner = module.owner();
+        Ok(Self {
+            session: Arc::clone(&owner.inner),
+            index: resolved.index,
+            label: resolved.label,
+            with_errno: Arc::default(),
+            timeout: owner.inner.options.call_timeout(),
+            function: Arc::new(Declared {
+                name: resolved.name,
+                words: signature.word_indexes(),
+                takes_callback: signature.args.contains(&Type::Function),
+                signature,
+            }),
+            module: module.clone(),
+            _owner: Arc::clone(owner),
+        })
+    }
+
+    /// The function's name and module.
+    pub fn name(&self) -> &FunctionName {
+        &self.function.name
+    }
+
+    /// The declared signature.
+    pub fn signature(&self) -> &Signature {
+        &self.function.signature
+    }
+
+    /// The same function with another deadline. The handle can be kept.
+    #[must_use]
+    pub fn with_timeout(&self, timeout: Duration) -> Self {
+        Self { timeout, ..self.clone() }
+    }
+
+    /// Calls the function and waits for its result.
+    ///
+    /// # Errors
+    /// [`CallError::WrongCount`] and [`CallError::WrongArgument`] before anything is sent, and see [`CallError`].
+    #[inline]
+    pub fn call<'a>(&self, args: impl IntoArgs<'a>) -> Result<Value, CallError> {
+        args.with(|args| self.call_args(self.index, args, |_| ())).map(|(value, ())| value)
+    }
+
+    /// Calls the function and also gives `errno` as the call left it.
+    ///
+    /// # Errors
+    /// As [`DynFunction::call`]; the first use resolves the function once more.
+    #[allow(clippy::cast_possible_truncation)]
+    pub fn call_errno<'a>(&self, args: impl IntoArgs<'a>) -> Result<(Value, Errno), crate::Error> {
+        let index = match self.with_errno.get() {
+            Some(index) => *index,
+            None => {
+                let resolved = self.module.resolve(&self.function.name.symbol, &self.function.signature, true)?;
+                *self.with_errno.get_or_init(|| resolved.index)
+            }
+        };
+        let errno = |frame: &Frame<'_>| Errno((frame.reply(2) as u32).cast_signed());
+        Ok(args.with(|args| self.call_args(index, args, errno))?)
+    }
+
+    fn call_args<T>(
+        &self,
+        index: u32,
+        args: &mut [Arg<'_>],
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
+        let Declared { name, signature, words: places, takes_callback } = &*self.function;
+        let name: &FunctionName = name;
+        if args.len() != signature.args.len() {
+            return Err(CallError::WrongCount {
+                function: name.clone(),
+                expected: signature.args.len(),
+                given: args.len(),
+            });
+        }
+        if *takes_callback {
+            return Err(CallError::CallbackUnsupported { function: name.clone() });
+        }
+        // Everything that can be wrong with the arguments is found before a slot is claimed.
+        let mut need = Need::default();
+        let mut words = [0u64; ARGS_MAX + 2];
+        for (at, ((arg, t), place)) in args.iter().zip(&signature.args).zip(places).enumerate() {
+            match check(arg, *t, &mut need) {
+                Some(word) => words[usize::from(*place)] = word,
+                None => {
+                    return Err(CallError::WrongArgument {
+                        function: name.clone(),
+                        index: at + 1,
+                        expected: *t,
+                        given: arg.to_string(),
+                    });
+                }
+            }
+        }
+        let string = signature.returns == Type::CString;
+        let count = args.len() + if string { 2 } else { 0 };
+        if string {
+            need.add(STRING_ROOM);
+        }
+        if count > WORDS_MAX {
+            need.add(count * size_of::<u64>());
+        }
+        let mut frame = self.session.claim()?;
+        frame.reserve(need, || name.clone())?;
+        for (at, (arg, place)) in args.iter().zip(places).enumerate() {
+            let word = &mut words[usize::from(*place)];
+            match arg {
+                Arg::Ptr(pointer) => *word = frame.session().address_of(*pointer, || name.clone())?,
+                Arg::Block(block) if block.session_id() == frame.session().id() => {
+                    *word = block.pointer().address();
+                }
+                Arg::Block(_) => return Err(CallError::ForeignPointer { function: name.clone() }),
+                Arg::Bytes(bytes) => *word = frame.lend(bytes),
+                Arg::BytesMut(bytes) => *word = frame.lend(bytes),
+                Arg::BytesOut(bytes) => *word = frame.room(bytes.len()),
+                Arg::CStr(text) => *word = frame.lend(text.to_bytes_with_nul()),
+                Arg::Str(text) => {
+                    *word = lend_str(text, &mut frame)
+                        .ok_or_else(|| CallError::InteriorNul { function: name.clone(), index: at + 1 })?;
+                }
+                _ => {}
+            }
+        }
+        let mut target = 0;
+        if string {
+            target = frame.room(STRING_ROOM);
+            words[args.len()] = target;
+            words[args.len() + 1] = STRING_ROOM as u64;
+        }
+        if count > WORDS_MAX {
+            frame.spill(&words[..count]);
+        } else {
+            for (at, word) in words[..count].iter().enumerate() {
+                frame.set(at, *word);
+            }
+        }
+        frame.publish(index, self.label);
+        frame.wait(self.timeout, || name.clone())?;
+        let more = more(&frame);
+        let value = decode(&frame, signature.returns, target, name)?;
+        for (arg, place) in args.iter_mut().zip(places) {
+            if let Arg::BytesMut(bytes) | Arg::BytesOut(bytes) = arg {
+                frame.read_back(words[usize::from(*place)], bytes);
+            }
+        }
+        Ok((value, more))
+    }
+}
+
+/// Whether an argument can be passed as a type: its word, and what it needs. Words of bytes and pointers are set later.
+#[inline]
+fn check(arg: &Arg<'_>, t: Type, need: &mut Need) -> Option<u64> {
+    match t {
+        Type::Bool => match arg {
+            Arg::Bool(b) => Some(u64::from(*b)),
+            _ => integer(arg).filter(|n| (0..=1).contains(n)).and_then(|n| u64::try_from(n).ok()),
+        },
+        Type::Char | Type::I8 => signed(arg, i8::MIN.into(), i8::MAX.into()),
+        Type::I16 => signed(arg, i16::MIN.into(), i16::MAX.into()),
+        Type::I32 => signed(arg, i32::MIN.into(), i32::MAX.into()),
+        Type::I64 | Type::I64Fast => signed(arg, i64::MIN, i64::MAX),
+        Type::U8 => unsigned(arg, u8::MAX.into()),
+        Type::U16 => unsigned(arg, u16::MAX.into()),
+        Type::U32 => unsigned(arg, u32::MAX.into()),
+        Type::U64 | Type::U64Fast => unsigned(arg, u64::MAX),
+        #[allow(clippy::cast_possible_truncation)] // rounding to the declared type is what C does too
+        Type::F32 => float(arg).map(|x| u64::from((x as f32).to_bits())),
+        Type::F64 => float(arg).map(f64::to_bits),
+        Type::Ptr | Type::Buffer | Type::CString => match arg {
+            Arg::Null | Arg::Ptr(_) | Arg::Block(_) => Some(0),
+            Arg::Str(text) => {
+                need.add(text.len() + 1);
+                Some(0)
+            }
+            Arg::CStr(text) => {
+                need.add(text.count_bytes() + 1);
+                Some(0)
+            }
+            // Bytes without a NUL at the end are not a C string.
+            Arg::Bytes(bytes) if t != Type::CString || bytes.last() == Some(&0) => {
+                need.add(bytes.len());
+                Some(0)
+            }
+            Arg::BytesMut(bytes) | Arg::BytesOut(bytes) if t != Type::CString => {
+                need.add(bytes.len());
+                Some(0)
+            }
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// A whole number, if the argument is one.
+#[inline]
+fn integer(arg: &Arg<'_>) -> Option<i128> {
+    match arg {
+        Arg::Signed(n) => Some((*n).into()),
+        Arg::Unsigned(n) => Some((*n).into()),
+        Arg::Bool(b) => Some((*b).into()),
+        #[allow(clippy::cast_possible_truncation)] // in range: checked by the bound, and whole: checked by fract
+        Arg::Float(x) if x.fract() == 0.0 && x.abs() < 2f64.powi(64) => Some(*x as i128),
+        _ => None,
+    }
+}
+
+#[inline]
+fn signed(arg: &Arg<'_>, min: i64, max: i64) -> Option<u64> {
+    let n = match arg {
+        Arg::Signed(n) => *n,
+        _ => i64::try_from(integer(arg)?).ok()?,
+    };
+    (min..=max).contains(&n).then_some(n.cast_unsigned())
+}
+
+#[inline]
+fn unsigned(arg: &Arg<'_>, max: u64) -> Option<u64> {
+    let n = match arg {
+        Arg::Unsigned(n) => *n,
+        _ => u64::try_from(integer(arg)?).ok()?,
+    };
+    (n <= max).then_some(n)
+}
+
+#[inline]
+#[allow(clippy::cast_precision_loss)] // integers beyond 2^53 are rounded, as C does
+fn float(arg: &Arg<'_>) -> Option<f64> {
+    match arg {
+        Arg::Float(x) => Some(*x),
+        Arg::Signed(n) => Some(*n as f64),
+        Arg::Unsigned(n) => Some(*n as f64),
+        _ => None,
+    }
+}
+
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // the bits above a narrower type are unspecified
+fn decode(frame: &Frame<'_>, t: Type, target: u64, name: &FunctionName) -> Result<Value, CallError> {
+    let word = frame.reply(0);
+    Ok(match t {
+        Type::Void => Value::Void,
+        Type::Bool => Value::Bool(word & 0xff != 0),
+        Type::Char | Type::I8 => Value::Signed((word as i8).into()),
+        Type::I16 => Value::Signed((word as i16).into()),
+        Type::I32 => Value::Signed((word as i32).into()),
+        Type::I64 | Type::I64Fast => Value::Signed(word.cast_signed()),
+        Type::U8 => Value::Unsigned((word as u8).into()),
+        Type::U16 => Value::Unsigned((word as u16).into()),
+        Type::U32 => Value::Unsigned((word as u32).into()),
+        Type::U64 | Type::U64Fast => Value::Unsigned(word),
+        Type::F32 => Value::F32(f32::from_bits(word as u32)),
+        Type::F64 => Value::F64(f64::from_bits(word)),
+        Type::CString => decode_string(frame, target, name)?.map_or(Value::Null, Value::CString),
+        _ => Value::Ptr(frame.session().pointer(word)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(arg: impl Into<Arg<'static>>, t: Type) -> Option<u64> {
+        check(&arg.into(), t, &mut Need::default())
+    }
+
+    #[test]
+    fn numbers_are_accepted_where_they_fit() {
+        assert_eq!(word(-1i32, Type::I64), Some(u64::MAX));
+        assert_eq!(word(200i32, Type::U8), Some(200));
+        assert_eq!(word(3.0f64, Type::I32), Some(3));
+        assert_eq!(word(3i32, Type::F64), Some(3f64.to_bits()));
+        assert_eq!(word(true, Type::Bool), Some(1));
+        assert_eq!(word(u64::MAX, Type::U64), Some(u64::MAX));
+    }
+
+    #[test]
+    fn numbers_are_refused_where_they_do_not_fit() {
+        for (arg, t) in [
+            (Arg::Signed(256), Type::U8),
+            (Arg::Signed(-1), Type::U64),
+            (Arg::Float(0.5), Type::I32),
+            (Arg::Float(f64::NAN), Type::I64),
+            (Arg::Float(1e30), Type::U64),
+            (Arg::Signed(2), Type::Bool),
+            (Arg::Unsigned(1 << 63), Type::I64),
+            (Arg::Str("x"), Type::I32),
+            (Arg::Signed(1), Type::Ptr),
+            (Arg::Bytes(b"no nul"), Type::CString),
+            (Arg::Null, Type::F64),
+        ] {
+            assert_eq!(check(&arg, t, &mut Need::default()), None, "{arg} as {t}");
+        }
+    }
+
+    #[test]
+    fn values_become_only_what_they_are() {
+        assert_eq!(i8::try_from(Value::Signed(-5)).unwrap(), -5);
+        assert!(u8::try_from(Value::Signed(-5)).is_err());
+        assert!(i32::try_from(Value::F64(1.0)).is_err());
+        assert_eq!(f64::try_from(Value::F32(0.5)).unwrap(), 0.5);
+        assert_eq!(String::try_from(Value::CString(c"x".into())).unwrap(), "x");
+        assert!(<()>::try_from(Value::Null).is_err());
+    }
+}

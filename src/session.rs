@@ -1,0 +1,1217 @@
+//! `Session`: a thread and a channel in a worker. This file is the host's half of the channel: who has which slot, and what becomes of a call.
+//!
+//! A session has one *direct* slot and a ring of slots. A blocking call takes the direct slot if it is free, which it is whenever
+//! one thread uses the session: the same cache line then goes out and back for every call, which is the fastest there is. Calls that find it taken, and
+//! all submitted calls, go through the ring, which the worker serves in order. Each ring request names the slot where the worker looks next, so a
+//! slot that somebody holds on to (a ticket not yet waited for) is simply left out.
+//!
+//! Everything that decides anything is private to this process: which slots are free, how many requests were published, what each was. From the
+//! region come only turns, words and bytes, and they are checked before they are used.
+
+use crate::crash::{Cause, CrashReport, Involvement};
+use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::monitor::lock;
+use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
+use crossbeam_utils::CachePadded;
+use hotcell_channel::arena::{Arena, ArenaBlock};
+use hotcell_channel::control::{self, ToWorker};
+use hotcell_channel::layout::{ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES};
+use hotcell_channel::region::{self, Region};
+use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
+use hotcell_channel::slot::{FUNCTIONS_MAX, SLOTS_MAX, Slot, Turn, WORDS_MAX};
+use hotcell_channel::sys;
+use hotcell_channel::wait::{self, Spin, Waited};
+use std::ffi::CString;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release, Ordering::SeqCst};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct SessionBuilder {
+    timeout: Duration,
+    on_deadline: OnDeadline,
+    policy: WaitPolicy,
+    slots: u32,
+    payload_bytes_max: u64,
+    string_bytes_max: u64,
+    stack_bytes: u64,
+}
+
+impl Default for SessionBuilder {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            on_deadline: OnDeadline::default(),
+            policy: WaitPolicy::default(),
+            slots: 256,
+            payload_bytes_max: 64 << 20,
+            string_bytes_max: 16 << 20,
+            stack_bytes: 8 << 20,
+        }
+    }
+}
+
+impl SessionBuilder {
+    /// The defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Default: 30 s. Deadline of each call, for functions that set none themselves.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Default: [`OnDeadline::KillWorker`]. What a passed deadline does.
+    pub fn on_deadline(mut self, policy: OnDeadline) -> Self {
+        self.on_deadline = policy;
+        self
+    }
+
+    /// Default: [`WaitPolicy::Adaptive`]. How both sides wait for each other.
+    pub fn wait(mut self, policy: WaitPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Default: 256. How many submitted calls can be in flight, less one; 2 to 4096.
+    pub fn slots(mut self, slots: u32) -> Self {
+        self.slots = slots;
+        self
+    }
+
+    /// Default: 64 MiB. Largest argument or result of a call, in bytes; 4 KiB to 8 GiB. Memory is only used for what is passed.
+    pub fn payload_bytes_max(mut self, bytes: u64) -> Self {
+        self.payload_bytes_max = bytes;
+        self
+    }
+
+    /// Default: 16 MiB. Longest string that a function may return, in bytes.
+    pub fn string_bytes_max(mut self, bytes: u64) -> Self {
+        self.string_bytes_max = bytes;
+        self
+    }
+
+    /// Default: 8 MiB. Stack of the session's thread in the worker, in bytes; 64 KiB to 1 GiB.
+    pub fn stack_bytes(mut self, bytes: u64) -> Self {
+        self.stack_bytes = bytes;
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<(), StartError> {
+        let bad = |option, given: u64, expected| {
+            Err(StartError::Configuration { option, given: given.to_string(), expected })
+        };
+        if !(2..=SLOTS_MAX).contains(&self.slots) {
+            return bad("slots", self.slots.into(), "2 to 4096");
+        }
+        if !(PAGE_BYTES..=8 << 30).contains(&self.payload_bytes_max) {
+            return bad("payload_bytes_max", self.payload_bytes_max, "4 KiB to 8 GiB");
+        }
+        if !(1..=self.payload_bytes_max).contains(&self.string_bytes_max) && self.string_bytes_max != 16 << 20 {
+            return bad("string_bytes_max", self.string_bytes_max, "1 to payload_bytes_max");
+        }
+        if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
+            return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
+        }
+        Ok(())
+    }
+
+    pub(crate) fn call_timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    pub(crate) fn longest_string(&self) -> u64 {
+        self.string_bytes_max
+    }
+
+    fn geometry(&self) -> Geometry {
+        // Room for a largest argument, a largest result, what alignment and fragments lose, and blocks beside them. Only used pages cost memory.
+        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(PAGE_BYTES);
+        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX) }
+    }
+}
+
+/// A thread of its own in a worker, and a channel to it, with the modules loaded there.
+///
+/// Any number of threads may call through one session at the same time; the worker serves their calls one after another, on one native thread.
+/// Cloning gives another handle to the same session. It is closed when the last handle (this one, its modules, functions and blocks) is dropped,
+/// or at once by [`Session::close`].
+#[derive(Clone, Debug)]
+pub struct Session {
+    pub(crate) owner: Arc<SessionOwner>,
+}
+
+/// Closes the session when dropped.
+#[derive(Debug)]
+pub(crate) struct SessionOwner {
+    pub(crate) inner: Arc<SessionInner>,
+    worker: Arc<WorkerOwner>,
+}
+
+impl Drop for SessionOwner {
+    fn drop(&mut self) {
+        // With the last handle to the worker the process goes, and its sessions with it.
+        if Arc::strong_count(&self.worker) > 1 {
+            // A session that cannot be closed politely (it hangs, its worker is dead) has been dealt with by the call itself.
+            let _ = self.inner.close();
+        }
+        self.inner.worker.forget_session(self.inner.id);
+    }
+}
+
+impl Session {
+    pub(crate) fn open(worker: &Arc<WorkerOwner>, options: SessionBuilder) -> Result<Session, StartError> {
+        static NEXT: AtomicU32 = AtomicU32::new(1);
+        options.check()?;
+        if sys::original_process().load(Relaxed) == 0 {
+            return Err(StartError::Forked);
+        }
+        let id = NEXT.fetch_add(1, Relaxed);
+        let geometry = options.geometry();
+        let (region, region_fd) =
+            Region::create(geometry, id).map_err(|e| StartError::system("making the session's region", e))?;
+        let inner = Arc::new(SessionInner::new(id, region, region_fd, Arc::clone(&worker.inner), options));
+        let request = ToWorker::Open {
+            session: id,
+            slots: geometry.slots,
+            arena_bytes: geometry.arena_bytes,
+            policy: inner.options.policy,
+            stack_bytes: inner.options.stack_bytes,
+        };
+        let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
+        inner.arena_address.store(address, Relaxed);
+        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker) }) })
+    }
+
+    /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
+    ///
+    /// # Errors
+    /// See [`LoadError`]: each way to fail has its own.
+    pub fn load(&self, source: impl Into<ModuleSource>) -> Result<crate::Module, LoadError> {
+        crate::Module::load(self, &source.into())
+    }
+
+    /// The worker that this session is in.
+    pub fn worker(&self) -> Worker {
+        Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// Calls the worker's session thread and does nothing there: a sign of life.
+    ///
+    /// # Errors
+    /// As for any call.
+    pub fn ping(&self) -> Result<(), CallError> {
+        self.owner.inner.fixed(fixed::NOP, &[], "ping").map(drop)
+    }
+
+    /// Allocates `bytes` zeroed bytes of worker memory. They are freed by [`Session::free`], or with the session.
+    ///
+    /// # Errors
+    /// [`CallError::OutOfMemory`], and those of any call.
+    pub fn alloc(&self, bytes: u64) -> Result<RemotePtr, CallError> {
+        let inner = &self.owner.inner;
+        match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc")? {
+            [fixed::OK, address] => Ok(inner.pointer(address)),
+            _ => Err(CallError::OutOfMemory { bytes }),
+        }
+    }
+
+    /// Frees what [`Session::alloc`] gave.
+    ///
+    /// # Errors
+    /// [`CallError::UnknownBlock`] for any other address, and those of any call.
+    pub fn free(&self, pointer: RemotePtr) -> Result<(), CallError> {
+        let inner = &self.owner.inner;
+        let address = inner.address_of(pointer, || inner.own_name("free"))?;
+        match inner.fixed(fixed::FREE, &[address], "free")? {
+            [fixed::OK, _] => Ok(()),
+            _ => Err(CallError::UnknownBlock { address }),
+        }
+    }
+
+    /// Copies worker memory. A bad address is an error here and does the worker no harm.
+    ///
+    /// # Errors
+    /// [`CallError::BadAddress`] (then `into` is partly filled), and those of any call.
+    pub fn read(&self, pointer: RemotePtr, into: &mut [u8]) -> Result<(), CallError> {
+        let inner = &self.owner.inner;
+        let address = inner.address_of(pointer, || inner.own_name("read"))?;
+        let mut done = 0;
+        for piece in into.chunks_mut(inner.piece_bytes()) {
+            let mut frame = inner.claim()?;
+            frame.reserve(Need::of(piece.len()), || inner.own_name("read"))?;
+            let target = frame.room(piece.len());
+            let words = [target, address.wrapping_add(done), piece.len() as u64];
+            match frame.run_fixed(fixed::READ, &words, "read")? {
+                [fixed::OK, _] => frame.read_back(target, piece),
+                _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
+            }
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes worker memory. A bad address is an error here and does the worker no harm.
+    ///
+    /// # Errors
+    /// [`CallError::BadAddress`] (then the part before it is written), and those of any call.
+    pub fn write(&self, pointer: RemotePtr, from: &[u8]) -> Result<(), CallError> {
+        let inner = &self.owner.inner;
+        let address = inner.address_of(pointer, || inner.own_name("write"))?;
+        let mut done = 0;
+        for piece in from.chunks(inner.piece_bytes()) {
+            let mut frame = inner.claim()?;
+            frame.reserve(Need::of(piece.len()), || inner.own_name("write"))?;
+            let source = frame.lend(piece);
+            let words = [address.wrapping_add(done), source, piece.len() as u64];
+            match frame.run_fixed(fixed::WRITE, &words, "write")? {
+                [fixed::OK, _] => {}
+                _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
+            }
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Copies a NUL-terminated string of at most `bytes_max` bytes out of the worker.
+    ///
+    /// # Errors
+    /// [`CallError::StringTooLong`], [`CallError::BadAddress`], and those of any call.
+    pub fn read_string(&self, pointer: RemotePtr, bytes_max: u64) -> Result<CString, CallError> {
+        let inner = &self.owner.inner;
+        let name = || inner.own_name("read_string");
+        inner.read_string(inner.address_of(pointer, name)?, bytes_max, name)
+    }
+
+    /// Makes a block of `bytes` bytes in the session's shared memory: host and worker both see it, so it can be passed again and
+    /// again without a copy. It goes back when the [`Block`] is dropped. Its first content is unspecified.
+    ///
+    /// # Errors
+    /// [`CallError::TooLarge`] over the payload limit, [`CallError::NoRoom`].
+    pub fn block(&self, bytes: u64) -> Result<Block, CallError> {
+        let inner = &self.owner.inner;
+        let name = || inner.own_name("block");
+        let max = inner.options.payload_bytes_max;
+        if bytes > max {
+            return Err(CallError::TooLarge { function: name(), bytes, max });
+        }
+        let block = inner.allocate(bytes, name)?;
+        Ok(Block { owner: Arc::clone(&self.owner), block: Some(block), bytes })
+    }
+
+    /// Closes the session now: frees its blocks, unloads its modules (their destructors run in the worker, within the session's deadline), ends
+    /// its thread. Later calls through any handle answer [`CallError::Closed`].
+    ///
+    /// # Errors
+    /// As for any call; the session is unusable all the same.
+    pub fn close(&self) -> Result<(), CallError> {
+        self.owner.inner.close()
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<SessionInner> {
+        &self.owner.inner
+    }
+}
+
+/// What to load: see [`Module::ffi`](crate::Module::ffi).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct ModuleSource {
+    pub(crate) name: std::path::PathBuf,
+    pub(crate) now: bool,
+    pub(crate) global: bool,
+}
+
+impl ModuleSource {
+    /// Default: off. Resolve all symbols that the module needs when it is loaded (`RTLD_NOW`), not when they are first used.
+    pub fn resolve_now(mut self, now: bool) -> Self {
+        self.now = now;
+        self
+    }
+
+    /// Default: off. Let modules loaded later use this module's symbols (`RTLD_GLOBAL`).
+    pub fn global(mut self, global: bool) -> Self {
+        self.global = global;
+        self
+    }
+}
+
+impl<P: Into<std::path::PathBuf>> From<P> for ModuleSource {
+    fn from(name: P) -> Self {
+        crate::Module::ffi(name)
+    }
+}
+
+/// An address in a worker. It can be kept, passed back and tested for null; the host never dereferences it.
+///
+/// It belongs to the session that it came from: another session refuses it, a restarted worker's too. What it points to may be freed or
+/// changed by the worker at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct RemotePtr {
+    address: u64,
+    session: u32,
+}
+
+impl RemotePtr {
+    /// The null pointer, which belongs to every session.
+    pub const NULL: RemotePtr = RemotePtr { address: 0, session: 0 };
+
+    /// Whether it is null.
+    pub fn is_null(self) -> bool {
+        self.address == 0
+    }
+
+    /// The address as a number, for structs that contain pointers.
+    pub fn address(self) -> u64 {
+        self.address
+    }
+
+    /// The pointer `bytes` bytes further on.
+    pub fn add(self, bytes: u64) -> Self {
+        Self { address: self.address.wrapping_add(bytes), ..self }
+    }
+}
+
+impl std::fmt::Display for RemotePtr {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#x}", self.address)
+    }
+}
+
+/// Bytes that live in a session's shared memory. Passing them copies nothing.
+///
+/// The worker can change them at any time, also between calls: [`Block::read`] gives a snapshot, to be checked before it is used.
+#[derive(Debug)]
+pub struct Block {
+    owner: Arc<SessionOwner>,
+    block: Option<ArenaBlock>,
+    bytes: u64,
+}
+
+impl Block {
+    /// Its size.
+    pub fn len(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether its size is zero.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Where it is in the worker, for structs that contain pointers.
+    pub fn pointer(&self) -> RemotePtr {
+        let inner = &self.owner.inner;
+        inner.pointer(inner.address_at(self.offset()))
+    }
+
+    fn offset(&self) -> u64 {
+        self.block.as_ref().map_or(0, |block| block.offset)
+    }
+
+    /// Copies bytes in, at `offset`. False, and nothing is copied, if they do not fit there.
+    #[must_use]
+    pub fn write(&self, offset: u64, from: &[u8]) -> bool {
+        self.fits(offset, from.len()) && self.owner.inner.region.write(self.offset() + offset, from)
+    }
+
+    /// Copies bytes out, from `offset`. False, and nothing is copied, if there are not as many.
+    #[must_use]
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> bool {
+        self.fits(offset, into.len()) && self.owner.inner.region.read(self.offset() + offset, into)
+    }
+
+    /// Copies a plain value in. False if it does not fit there.
+    #[must_use]
+    pub fn write_value<T: bytemuck::NoUninit>(&self, offset: u64, value: &T) -> bool {
+        self.write(offset, bytemuck::bytes_of(value))
+    }
+
+    /// Copies a plain value out. `None` if the block ends before it does.
+    pub fn read_value<T: bytemuck::Pod>(&self, offset: u64) -> Option<T> {
+        let mut value = T::zeroed();
+        self.read(offset, bytemuck::bytes_of_mut(&mut value)).then_some(value)
+    }
+
+    fn fits(&self, offset: u64, bytes: usize) -> bool {
+        offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes)
+    }
+
+    pub(crate) fn session_id(&self) -> u32 {
+        self.owner.inner.id
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            self.owner.inner.free_block(block);
+        }
+    }
+}
+
+const OPEN: u32 = 0;
+const DEAD: u32 = 1;
+const ABANDONED: u32 = 2;
+const CLOSED: u32 = 3;
+
+/// The direct slot's private books. `busy` is the only word that callers contend for.
+#[derive(Debug, Default)]
+struct DirectBooks {
+    busy: AtomicU32,
+    label: AtomicU32,
+    published: AtomicU64,
+}
+
+/// One ring slot's private books.
+#[derive(Debug, Default)]
+struct RingBooks {
+    busy: AtomicBool,
+    label: AtomicU32,
+    sequence: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    /// The slot where the worker looks next; busy, so that nobody else gets it.
+    tail: u32,
+    published: u64,
+    /// Slots whose callers went away before the reply: free once it is there.
+    orphans: Vec<(u32, Option<ArenaBlock>)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Lane {
+    Direct,
+    Ring { slot: u32, next: u32 },
+}
+
+#[derive(Debug)]
+struct AbandonedCall {
+    lane: Lane,
+    block: Option<ArenaBlock>,
+    function: FunctionName,
+}
+
+/// The label of whatever the session does on its own account.
+const OWN_LABEL: u32 = 0;
+
+/// The host's half of a session, shared by its handles and the monitor.
+#[derive(Debug)]
+pub(crate) struct SessionInner {
+    status: AtomicU32,
+    original: &'static AtomicU32,
+    region: Region,
+    arena_address: AtomicU64,
+    spin: Spin,
+    direct: CachePadded<DirectBooks>,
+    ring_books: Box<[RingBooks]>,
+    ring: Mutex<Ring>,
+    arena: Mutex<Arena>,
+    /// Callers that wait for a free ring slot.
+    waiting: AtomicU32,
+    freed: (Mutex<()>, Condvar),
+    abandoned: Mutex<Vec<AbandonedCall>>,
+    labels: Mutex<Vec<FunctionName>>,
+    directory: Mutex<()>,
+    id: u32,
+    pub(crate) options: SessionBuilder,
+    region_fd: OwnedFd,
+    pub(crate) worker: Arc<WorkerInner>,
+}
+
+impl SessionInner {
+    fn new(id: u32, region: Region, region_fd: OwnedFd, worker: Arc<WorkerInner>, options: SessionBuilder) -> Self {
+        let ring_books: Box<[RingBooks]> = (0..options.slots).map(|_| RingBooks::default()).collect();
+        ring_books[0].busy.store(true, Relaxed);
+        let own = FunctionName { module: "the session".into(), symbol: "(own work)".into() };
+        Self {
+            status: AtomicU32::new(OPEN),
+            original: sys::original_process(),
+            arena: Mutex::new(Arena::new(region.geometry().arena_bytes)),
+            region,
+            arena_address: AtomicU64::new(0),
+            spin: Spin::new(options.policy),
+            direct: CachePadded::default(),
+            ring_books,
+            ring: Mutex::default(),
+            waiting: AtomicU32::new(0),
+            freed: Default::default(),
+            abandoned: Mutex::default(),
+            labels: Mutex::new(vec![own]),
+            directory: Mutex::default(),
+            id,
+            options,
+            region_fd,
+            worker,
+        }
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
+    pub(crate) fn own_name(&self, what: &str) -> FunctionName {
+        FunctionName { module: "the session".into(), symbol: what.into() }
+    }
+
+    /// Registers a function's name for reports. Gives its label.
+    pub(crate) fn label(&self, function: FunctionName) -> u32 {
+        let mut labels = lock(&self.labels);
+        labels.push(function);
+        u32::try_from(labels.len() - 1).unwrap_or(OWN_LABEL)
+    }
+
+    fn label_name(&self, label: u32) -> FunctionName {
+        let labels = lock(&self.labels);
+        labels.get(label as usize).unwrap_or(&labels[0]).clone()
+    }
+
+    pub(crate) fn pointer(&self, address: u64) -> RemotePtr {
+        RemotePtr { address, session: if address == 0 { 0 } else { self.id } }
+    }
+
+    /// A pointer's address, if it may be passed to this session.
+    #[inline]
+    pub(crate) fn address_of(
+        &self,
+        pointer: RemotePtr,
+        function: impl FnOnce() -> FunctionName,
+    ) -> Result<u64, CallError> {
+        if pointer.session == self.id || pointer.is_null() {
+            Ok(pointer.address)
+        } else {
+            Err(CallError::ForeignPointer { function: function() })
+        }
+    }
+
+    fn address_at(&self, offset: u64) -> u64 {
+        self.arena_address.load(Relaxed).wrapping_add(offset)
+    }
+
+    // The life of a call.
+
+    /// Takes a slot for a blocking call.
+    #[inline(always)]
+    pub(crate) fn claim(&self) -> Result<Frame<'_>, CallError> {
+        // Both are facts of this process; together one branch.
+        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+            self.refuse()?;
+        }
+        if self.direct.busy.compare_exchange(0, 1, Acquire, Relaxed).is_ok() {
+            let sequence = self.direct.published.load(Relaxed) + 1;
+            return Ok(Frame::new(self, Lane::Direct, self.region.direct(), sequence));
+        }
+        self.claim_ring(self.options.timeout)
+    }
+
+    /// Takes a ring slot, waiting at most `timeout` for one to become free.
+    pub(crate) fn claim_ring(&self, timeout: Duration) -> Result<Frame<'_>, CallError> {
+        let mut since = None;
+        loop {
+            if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+                self.refuse()?;
+            }
+            if let Some(frame) = self.try_claim_ring() {
+                return Ok(frame);
+            }
+            let left = timeout.checked_sub(since.get_or_insert_with(Instant::now).elapsed());
+            let Some(left) = left.filter(|left| !left.is_zero()) else {
+                return Err(CallError::Full { slots: self.options.slots - 1 });
+            };
+            self.waiting.fetch_add(1, Relaxed);
+            // A wake-up can be missed between the look above and the wait below, and a dropped ticket's slot becomes free without one: hence
+            // the short slice. It only matters when all slots are taken.
+            let (mutex, freed) = &self.freed;
+            let slice = left.min(Duration::from_millis(1));
+            drop(freed.wait_timeout(lock(mutex), slice).unwrap_or_else(PoisonError::into_inner));
+            self.waiting.fetch_sub(1, Relaxed);
+        }
+    }
+
+    fn try_claim_ring(&self) -> Option<Frame<'_>> {
+        let mut ring = lock(&self.ring);
+        if !ring.orphans.is_empty() {
+            self.reclaim(&mut ring);
+        }
+        let slots = self.options.slots;
+        let slot = ring.tail;
+        let next = (1..slots).map(|step| (slot + step) % slots).find(|at| !self.books(*at).busy.load(Acquire))?;
+        self.books(next).busy.store(true, Relaxed);
+        ring.tail = next;
+        ring.published += 1;
+        Some(Frame::new(self, Lane::Ring { slot, next }, self.region.slot(slot), ring.published))
+    }
+
+    fn books(&self, slot: u32) -> &RingBooks {
+        &self.ring_books[slot as usize]
+    }
+
+    /// Frees the slots of callers that went away, where the reply has come.
+    fn reclaim(&self, ring: &mut Ring) {
+        let mut kept = Vec::new();
+        for (slot, block) in ring.orphans.drain(..) {
+            if self.region.slot(slot).turn() == Turn::Reply {
+                self.books(slot).busy.store(false, Release);
+                if let Some(block) = block {
+                    self.free_block(block);
+                }
+            } else {
+                kept.push((slot, block));
+            }
+        }
+        ring.orphans = kept;
+    }
+
+    fn release(&self, lane: Lane) {
+        match lane {
+            Lane::Direct => self.direct.busy.store(0, Release),
+            Lane::Ring { slot, .. } => {
+                self.books(slot).busy.store(false, Release);
+                if self.waiting.load(Relaxed) > 0 {
+                    self.freed.1.notify_one();
+                }
+            }
+        }
+    }
+
+    /// Why no call can be made now; or that it can after all, because what was abandoned has returned.
+    #[cold]
+    fn refuse(&self) -> Result<(), CallError> {
+        if self.original.load(Relaxed) == 0 {
+            return Err(CallError::Forked);
+        }
+        match self.status.load(Acquire) {
+            DEAD => Err(self.death_error(None, false)),
+            CLOSED => Err(CallError::Closed),
+            ABANDONED => {
+                let mut abandoned = lock(&self.abandoned);
+                abandoned.retain_mut(|call| {
+                    let slot = self.slot(call.lane);
+                    if slot.turn() != Turn::Reply {
+                        return true;
+                    }
+                    self.release(call.lane);
+                    if let Some(block) = call.block.take() {
+                        self.free_block(block);
+                    }
+                    false
+                });
+                match abandoned.first() {
+                    Some(call) => Err(CallError::Abandoned { function: call.function.clone() }),
+                    None => {
+                        // Fails if the worker died meanwhile; the next look at the status tells.
+                        let _ = self.status.compare_exchange(ABANDONED, OPEN, Acquire, Relaxed);
+                        Ok(())
+                    }
+                }
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn slot(&self, lane: Lane) -> &Slot {
+        match lane {
+            Lane::Direct => self.region.direct(),
+            Lane::Ring { slot, .. } => self.region.slot(slot),
+        }
+    }
+
+    /// The error of a call whose worker is dead. `taken`: whether the worker had taken it.
+    #[cold]
+    fn death_error(&self, function: Option<FunctionName>, taken: bool) -> CallError {
+        // The death is known before the status says so; a breach is followed by a kill whose report is on its way.
+        if self.worker.death().is_none() {
+            self.worker.wait_gone();
+        }
+        let Some(death) = self.worker.death().cloned() else { return CallError::Closed };
+        let involvement = match (taken, death.culprit == Some(self.id)) {
+            (false, _) => Involvement::NotRun,
+            (true, true) => Involvement::Culprit,
+            (true, false) => Involvement::Bystander,
+        };
+        let disposed = death.cause == Cause::Disposed;
+        let report = Box::new(CrashReport { death, function, involvement });
+        if disposed { CallError::Disposed(report) } else { CallError::Crashed(report) }
+    }
+
+    // Called by the monitor when the worker has ended.
+
+    /// The function that was running: taken by the worker, and not answered.
+    pub(crate) fn running_function(&self) -> Option<FunctionName> {
+        let (direct_taken, ring_taken) = self.region.progress().taken();
+        let direct = self.direct.busy.load(Acquire) == 1
+            && self.direct.published.load(Relaxed) == direct_taken
+            && self.region.direct().turn() == Turn::Pending;
+        if direct {
+            return Some(self.label_name(self.direct.label.load(Relaxed)));
+        }
+        let running = (0..self.options.slots).find(|at| {
+            let books = self.books(*at);
+            books.busy.load(Acquire)
+                && ring_taken != 0
+                && books.sequence.load(Relaxed) == ring_taken
+                && self.region.slot(*at).turn() == Turn::Pending
+        })?;
+        Some(self.label_name(self.books(running).label.load(Relaxed)))
+    }
+
+    /// Ends every wait of this session. The worker's death is known already.
+    pub(crate) fn worker_died(&self) {
+        if self.status.load(Acquire) != CLOSED {
+            self.status.store(DEAD, SeqCst);
+        }
+        self.close_slots();
+    }
+
+    /// Ends every wait for a reply that will never come. The status says so already.
+    fn close_slots(&self) {
+        wait::close(self.region.direct());
+        for slot in 0..self.options.slots {
+            wait::close(self.region.slot(slot));
+        }
+        self.freed.1.notify_all();
+    }
+
+    // Memory.
+
+    /// Largest piece in which worker memory is copied.
+    fn piece_bytes(&self) -> usize {
+        usize::try_from(self.options.payload_bytes_max.min(4 << 20)).unwrap_or(1 << 20)
+    }
+
+    fn allocate(&self, bytes: u64, function: impl FnOnce() -> FunctionName) -> Result<ArenaBlock, CallError> {
+        let base = self.region.geometry().arena_offset();
+        lock(&self.arena)
+            .allocate(bytes, |offset, bytes| region::commit(self.region_fd.as_fd(), base + offset, bytes))
+            .map_err(|source| CallError::NoRoom { function: function(), source: source.into() })
+    }
+
+    fn free_block(&self, block: ArenaBlock) {
+        let base = self.region.geometry().arena_offset();
+        lock(&self.arena)
+            .free(block, |offset, bytes| region::decommit(self.region_fd.as_fd(), base + offset, bytes));
+    }
+
+    /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
+    fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
+        self.claim()?.run_fixed(function, words, what)
+    }
+
+    pub(crate) fn read_string(
+        &self,
+        address: u64,
+        bytes_max: u64,
+        name: impl Fn() -> FunctionName,
+    ) -> Result<CString, CallError> {
+        let max = bytes_max.min(self.options.payload_bytes_max);
+        let mut room = max.min(16 << 10);
+        loop {
+            let bytes = usize::try_from(room).unwrap_or(usize::MAX);
+            let mut frame = self.claim()?;
+            frame.reserve(Need::of(bytes), &name)?;
+            let target = frame.room(bytes);
+            match frame.run_fixed(fixed::READ_STRING, &[target, address, room], "read_string")? {
+                [fixed::OK, length] => return frame.string(target, length, room, name),
+                [fixed::TOO_LONG, _] if room < max => room = max.min(room * 16),
+                [fixed::TOO_LONG, _] => return Err(CallError::StringTooLong { function: name(), max }),
+                [_, length] => return Err(CallError::BadAddress { address, bytes: length.min(room) + 1 }),
+            }
+        }
+    }
+
+    /// Asks the session's directory of modules and functions. `name` is what a report says was running.
+    pub(crate) fn directory(&self, request: &Request, name: &FunctionName) -> Result<Answer, CallError> {
+        let _one_at_a_time = lock(&self.directory);
+        let label = self.label(name.clone());
+        let bytes = control::encode(request);
+        let capacity = fixed::DIRECTORY_BYTES_MAX;
+        let max = capacity as u64;
+        if bytes.len() > capacity {
+            return Err(CallError::TooLarge { function: name.clone(), bytes: bytes.len() as u64, max });
+        }
+        let mut frame = self.claim()?;
+        frame.reserve(Need::of(capacity), || name.clone())?;
+        let block = frame.room(capacity);
+        frame.write_at(block, &bytes);
+        for (i, word) in [block, bytes.len() as u64, max].into_iter().enumerate() {
+            frame.set(i, word);
+        }
+        frame.publish(fixed::DIRECTORY, label);
+        frame.wait(self.options.timeout, || name.clone())?;
+        let (status, length) = (frame.reply(0), frame.reply(1));
+        let mut answer = vec![0; usize::try_from(length.min(max)).unwrap_or(0)];
+        frame.read_back(block, &mut answer);
+        // Copied, then decoded; a worker that cannot answer its own host's request is broken.
+        let decoded = control::decode::<Answer>(&answer).ok().filter(|_| status == fixed::OK);
+        drop(frame);
+        decoded.ok_or_else(|| self.wrong_answer(name))
+    }
+
+    /// A worker that answers something else than was asked is broken.
+    pub(crate) fn wrong_answer(&self, name: &FunctionName) -> CallError {
+        self.worker.breach(format!("its answer to {name} is none"), Some(self.id));
+        self.death_error(Some(name.clone()), true)
+    }
+
+    /// Whether a call index that the worker gave can be a resolved function's.
+    pub(crate) fn is_function_index(&self, index: u32) -> bool {
+        (FUNCTIONS_BASE..FUNCTIONS_MAX).contains(&index)
+    }
+
+    fn close(&self) -> Result<(), CallError> {
+        let mut frame = self.claim()?;
+        let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
+        drop(frame);
+        // From here on the session's thread is gone, or its worker is.
+        if closed.is_ok() && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
+            self.close_slots();
+        }
+        closed
+    }
+}
+
+/// What the directory could not do, as an error that names it.
+pub(crate) fn load_failure(kind: FailureKind, detail: &str, function: FunctionName) -> LoadError {
+    let detail = printable(detail.as_bytes());
+    let module = Arc::clone(&function.module);
+    match kind {
+        FailureKind::NotFound => LoadError::NotFound { module, detail },
+        FailureKind::Unreadable => LoadError::Unreadable { module, detail },
+        FailureKind::NotElf => LoadError::NotElf { module, detail },
+        FailureKind::WrongKind => LoadError::WrongKind { module, detail },
+        FailureKind::MissingDependency => LoadError::MissingDependency { module, detail },
+        FailureKind::MissingImport => LoadError::MissingImport { module, detail },
+        FailureKind::MissingSymbol => LoadError::MissingSymbol { function, detail },
+        FailureKind::BadSignature => LoadError::BadSignature { function, detail },
+        FailureKind::TooManyFunctions => LoadError::TooManyFunctions { function, detail },
+        _ => LoadError::Linker { module, detail },
+    }
+}
+
+/// How many payload bytes a call needs, and the largest piece among them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Need {
+    total: u64,
+    largest: u64,
+}
+
+impl Need {
+    pub(crate) fn of(bytes: usize) -> Self {
+        let mut need = Self::default();
+        need.add(bytes);
+        need
+    }
+
+    #[inline(always)]
+    pub(crate) fn add(&mut self, bytes: usize) {
+        let bytes = bytes as u64;
+        self.total = self.total.saturating_add(bytes.saturating_add(PAYLOAD_ALIGN - 1) & !(PAYLOAD_ALIGN - 1));
+        self.largest = self.largest.max(bytes);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The slot is ours, the request not yet out.
+    Claimed,
+    /// The worker has it.
+    Published,
+    /// The reply is in; the slot is ours again.
+    Replied,
+    /// The slot is not ours any more: its worker is dead, or it was abandoned to its call.
+    Lost,
+}
+
+/// One call's claim on a slot and on payload bytes. Given back when dropped, whatever happened.
+#[derive(Debug)]
+pub struct Frame<'s> {
+    session: &'s SessionInner,
+    slot: &'s Slot,
+    lane: Lane,
+    stage: Stage,
+    sequence: u64,
+    /// Next free payload byte and the end of what was reserved, as offsets in the arena.
+    cursor: u64,
+    end: u64,
+    block: Option<ArenaBlock>,
+}
+
+impl<'s> Frame<'s> {
+    #[inline(always)]
+    fn new(session: &'s SessionInner, lane: Lane, slot: &'s Slot, sequence: u64) -> Self {
+        Self { session, slot, lane, stage: Stage::Claimed, sequence, cursor: 0, end: 0, block: None }
+    }
+
+    #[inline(always)]
+    pub(crate) fn session(&self) -> &'s SessionInner {
+        self.session
+    }
+
+    /// Makes sure of payload bytes. At most once in a call, before any of [`Frame::room`] and [`Frame::lend`].
+    #[inline(always)]
+    pub(crate) fn reserve(&mut self, need: Need, function: impl FnOnce() -> FunctionName) -> Result<(), CallError> {
+        if need.total == 0 {
+            return Ok(());
+        }
+        if matches!(self.lane, Lane::Direct) && need.total <= SCRATCH_BYTES {
+            // The direct slot's scratch is its own: whoever has claimed the slot has the scratch.
+            (self.cursor, self.end) = (0, need.total);
+            let max = self.session.options.payload_bytes_max;
+            if need.largest > max {
+                return Err(CallError::TooLarge { function: function(), bytes: need.largest, max });
+            }
+            return Ok(());
+        }
+        self.reserve_block(need, function())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn reserve_block(&mut self, need: Need, function: FunctionName) -> Result<(), CallError> {
+        let max = self.session.options.payload_bytes_max;
+        if need.largest > max {
+            return Err(CallError::TooLarge { function, bytes: need.largest, max });
+        }
+        let block = self.session.allocate(need.total, || function)?;
+        (self.cursor, self.end) = (block.offset, block.offset + block.bytes);
+        self.block = Some(block);
+        Ok(())
+    }
+
+    /// Takes `bytes` of the reserved payload. Gives their address in the worker.
+    #[inline(always)]
+    pub(crate) fn room(&mut self, bytes: usize) -> u64 {
+        let at = self.cursor;
+        self.cursor = (at + bytes as u64).next_multiple_of(PAYLOAD_ALIGN);
+        assert!(self.cursor <= self.end, "payload was reserved for every argument");
+        self.session.address_at(at)
+    }
+
+    /// Copies bytes into the reserved payload. Gives their address in the worker.
+    #[inline(always)]
+    pub(crate) fn lend(&mut self, bytes: &[u8]) -> u64 {
+        let address = self.room(bytes.len());
+        self.write_at(address, bytes);
+        address
+    }
+
+    /// Copies bytes to an address that [`Frame::room`] gave, or behind it in the same room.
+    #[inline(always)]
+    pub(crate) fn write_at(&self, address: u64, bytes: &[u8]) {
+        let offset = address.wrapping_sub(self.session.arena_address.load(Relaxed));
+        assert!(self.session.region.write(offset, bytes), "room lies in the arena");
+    }
+
+    /// Copies bytes from an address that [`Frame::room`] gave. A snapshot of what the worker left there.
+    #[inline(always)]
+    pub(crate) fn read_back(&self, address: u64, into: &mut [u8]) {
+        let offset = address.wrapping_sub(self.session.arena_address.load(Relaxed));
+        assert!(self.session.region.read(offset, into), "room lies in the arena");
+    }
+
+    /// Stores one request word.
+    #[inline(always)]
+    pub(crate) fn set(&self, index: usize, word: u64) {
+        self.slot.set_word(index, word);
+    }
+
+    /// One reply word. Untrusted.
+    #[inline(always)]
+    pub(crate) fn reply(&self, index: usize) -> u64 {
+        self.slot.word(index)
+    }
+
+    /// Stores request words that do not fit the slot: they go to the payload, and word 0 says where.
+    pub(crate) fn spill(&mut self, words: &[u64]) {
+        debug_assert!(words.len() > WORDS_MAX);
+        let address = self.lend(bytemuck::cast_slice(words));
+        self.set(0, address);
+    }
+
+    /// Hands the request to the worker.
+    #[inline(always)]
+    pub(crate) fn publish(&mut self, function: u32, label: u32) {
+        match self.lane {
+            Lane::Direct => {
+                let books = &self.session.direct;
+                books.label.store(label, Relaxed);
+                books.published.store(self.sequence, Relaxed);
+                self.slot.set_function(function, 0);
+            }
+            Lane::Ring { slot, next } => {
+                let books = self.session.books(slot);
+                books.label.store(label, Relaxed);
+                books.sequence.store(self.sequence, Relaxed);
+                self.slot.set_function(function, next);
+            }
+        }
+        self.stage = Stage::Published;
+        wait::publish(self.slot, self.session.region.bell());
+    }
+
+    /// Waits for the reply. After `Ok` the reply words can be read.
+    #[inline(always)]
+    pub(crate) fn wait(&mut self, timeout: Duration, function: impl FnOnce() -> FunctionName) -> Result<(), CallError> {
+        let session = self.session;
+        let waited = wait::wait_reply(
+            self.slot,
+            &session.spin,
+            session.region.bell(),
+            session.region.progress(),
+            timeout,
+            || matches!(session.status.load(SeqCst), OPEN | ABANDONED),
+        );
+        if waited == Waited::Replied {
+            self.stage = Stage::Replied;
+            return Ok(());
+        }
+        Err(self.lost(waited, timeout, function()))
+    }
+
+    /// Whether the reply is there, or there will never be one: then [`Frame::wait`] returns at once.
+    pub(crate) fn is_over(&self) -> bool {
+        self.slot.turn() != Turn::Pending || self.session.status.load(Acquire) == DEAD
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn lost(&mut self, waited: Waited, timeout: Duration, function: FunctionName) -> CallError {
+        self.stage = Stage::Lost;
+        let session = self.session;
+        let (direct_taken, ring_taken) = session.region.progress().taken();
+        let taken = self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
+        match waited {
+            Waited::TimedOut => {
+                let worker_killed = session.options.on_deadline == OnDeadline::KillWorker;
+                if worker_killed {
+                    let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
+                    session.worker.end(cause, Some(session.id));
+                } else {
+                    let call = AbandonedCall { lane: self.lane, block: self.block.take(), function: function.clone() };
+                    lock(&session.abandoned).push(call);
+                    // Fails if the session is abandoned already, or dead.
+                    let _ = session.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
+                }
+                CallError::TimedOut { function, after: timeout, worker_killed }
+            }
+            Waited::Breach(state) => {
+                session.worker.breach(format!("it wrote state {state} into the slot of {function}"), Some(session.id));
+                session.death_error(Some(function), taken)
+            }
+            _ if session.status.load(Acquire) == CLOSED => CallError::Closed,
+            _ => {
+                if session.worker.death().is_none() {
+                    // Only the host closes slots, and only of dead workers.
+                    session.worker.breach(format!("it closed the slot of {function}"), Some(session.id));
+                }
+                session.death_error(Some(function), taken)
+            }
+        }
+    }
+
+    /// Publishes one of the session's own functions and waits for it. Gives its first two reply words.
+    fn run_fixed(&mut self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
+        for (i, word) in words.iter().enumerate() {
+            self.set(i, *word);
+        }
+        self.publish(function, OWN_LABEL);
+        let session = self.session;
+        self.wait(session.options.timeout, || session.own_name(what))?;
+        Ok([self.reply(0), self.reply(1)])
+    }
+
+    /// Copies a string of `length` bytes, as the worker says, out of `room` bytes at `target`.
+    pub(crate) fn string(
+        &self,
+        target: u64,
+        length: u64,
+        room: u64,
+        function: impl FnOnce() -> FunctionName,
+    ) -> Result<CString, CallError> {
+        let breach = |what: &str, function: FunctionName| {
+            self.session.worker.breach(format!("{what} from {function}"), Some(self.session.id));
+            self.session.death_error(Some(function), true)
+        };
+        if length > room {
+            return Err(breach(&format!("a string of {length} bytes in room for {room}"), function()));
+        }
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        self.read_back(target, &mut bytes);
+        CString::new(bytes).map_err(|_| breach("a string with a NUL inside", function()))
+    }
+
+    /// Takes the frame apart for a ticket.
+    pub(crate) fn detach(self) -> Detached {
+        let mut frame = std::mem::ManuallyDrop::new(self);
+        Detached { lane: frame.lane, sequence: frame.sequence, block: frame.block.take() }
+    }
+}
+
+/// A published frame without its borrow of the session.
+#[derive(Debug)]
+pub(crate) struct Detached {
+    lane: Lane,
+    sequence: u64,
+    block: Option<ArenaBlock>,
+}
+
+impl Detached {
+    /// Puts the frame together again.
+    pub(crate) fn attach(self, session: &SessionInner) -> Frame<'_> {
+        let mut frame = Frame::new(session, self.lane, session.slot(self.lane), self.sequence);
+        frame.stage = Stage::Published;
+        frame.block = self.block;
+        frame
+    }
+
+    pub(crate) fn is_over(&self, session: &SessionInner) -> bool {
+        session.slot(self.lane).turn() != Turn::Pending || session.status.load(Acquire) == DEAD
+    }
+}
+
+impl Drop for Frame<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.stage == Stage::Replied && self.block.is_none() {
+            return self.session.release(self.lane);
+        }
+        self.drop_slowly();
+    }
+}
+
+impl Frame<'_> {
+    #[inline(never)]
+    fn drop_slowly(&mut self) {
+        match (self.stage, self.lane) {
+            (Stage::Replied, _) | (Stage::Claimed, Lane::Direct) => {
+                if let Some(block) = self.block.take() {
+                    self.session.free_block(block);
+                }
+                self.session.release(self.lane);
+            }
+            (Stage::Claimed, Lane::Ring { slot, .. }) => {
+                // The worker's path leads through this slot: something has to be there.
+                self.publish(fixed::NOP, OWN_LABEL);
+                lock(&self.session.ring).orphans.push((slot, self.block.take()));
+            }
+            (Stage::Published, Lane::Ring { slot, .. }) => {
+                // A dropped ticket: its bytes stay until the function is done with them.
+                lock(&self.session.ring).orphans.push((slot, self.block.take()));
+            }
+            // A direct request is always waited for; should a panic unwind through the wait, the slot stays taken.
+            (Stage::Published, Lane::Direct) => {}
+            // The bytes of a dead worker's call are nobody's; an abandoned call's were moved to the session.
+            (Stage::Lost, _) => {
+                if let Some(block) = self.block.take() {
+                    self.session.free_block(block);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,795 @@
+//! `Worker`: one process, its handshake, its end.
+
+use crate::crash::{Cause, CrashReport, Death, Involvement};
+use crate::error::{FunctionName, StartError};
+use crate::monitor::{self, Runtime, Source, Spawned, lock};
+use crate::session::{Session, SessionBuilder, SessionInner};
+use hotcell_channel::control::{self, Hello, Mismatch, ToHost, ToWorker};
+use hotcell_channel::region::CrashRegion;
+use hotcell_channel::socket::{self, PacketError};
+use hotcell_channel::sys::{self, WaitStatus};
+pub use hotcell_channel::wait::Policy as WaitPolicy;
+use std::collections::{HashMap, VecDeque};
+use std::ffi::OsString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+/// The environment variable that names the worker program when the configuration names none.
+pub const WORKER_VARIABLE: &str = "HOTCELL_WORKER";
+
+/// Captured output that is kept for the crash report, for each of the two streams.
+pub const OUTPUT_TAIL_BYTES: usize = 8 << 10;
+/// Output pieces that wait for a slow receiver of events; more are dropped.
+const OUTPUT_EVENTS_MAX: usize = 256;
+/// How long a worker whose control socket has closed may take to die before that counts as a breach.
+const HANG_UP_GRACE: Duration = Duration::from_millis(200);
+
+/// Where a worker's standard output or standard error goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Output {
+    /// To the host's own.
+    Inherit,
+    /// Nowhere.
+    Discard,
+    /// Into the library: the last [`OUTPUT_TAIL_BYTES`] are kept (and, for standard error, shown in crash reports), and each piece is an event to whoever
+    /// [listens](Worker::events). The worker never waits for a reader. The default for both streams.
+    #[default]
+    Capture,
+}
+
+/// What becomes of the worker when a call passes its deadline. Native code cannot be stopped safely inside a living process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum OnDeadline {
+    /// The worker is killed. The default.
+    #[default]
+    KillWorker,
+    /// The session is given up until the call returns by itself: calls on it answer
+    /// [`CallError::Abandoned`](crate::CallError::Abandoned) meanwhile. Other sessions go on.
+    AbandonSession,
+}
+
+/// What happens to a worker, for whoever [listens](Worker::events).
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum WorkerEvent {
+    /// A piece of its standard output.
+    Stdout(Vec<u8>),
+    /// A piece of its standard error.
+    Stderr(Vec<u8>),
+    /// It has ended. The last event.
+    Ended(CrashReport),
+}
+
+/// How a worker is started. Every option has a default; end with [`WorkerBuilder::spawn`].
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct WorkerBuilder {
+    program: Option<PathBuf>,
+    environment: Vec<(OsString, OsString)>,
+    directory: Option<PathBuf>,
+    stdout: Output,
+    stderr: Output,
+    start_timeout: Duration,
+    grace: Duration,
+    session: SessionBuilder,
+}
+
+impl Default for WorkerBuilder {
+    fn default() -> Self {
+        Self {
+            program: None,
+            environment: Vec::new(),
+            directory: None,
+            stdout: Output::default(),
+            stderr: Output::default(),
+            start_timeout: Duration::from_secs(10),
+            grace: Duration::from_secs(1),
+            session: SessionBuilder::default(),
+        }
+    }
+}
+
+impl WorkerBuilder {
+    /// Default: the variable `HOTCELL_WORKER`, and without it the running executable. The path of the `hotcell-worker` program.
+    pub fn program(mut self, path: impl Into<PathBuf>) -> Self {
+        self.program = Some(path.into());
+        self
+    }
+
+    /// Default: none. Sets a variable in the worker's environment, which is empty otherwise.
+    pub fn env(mut self, name: impl Into<OsString>, value: impl Into<OsString>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Default: none. Passes a variable of the host's environment on, if it is set now.
+    pub fn inherit_env(self, name: impl Into<OsString>) -> Self {
+        let name = name.into();
+        match std::env::var_os(&name) {
+            Some(value) => self.env(name, value),
+            None => self,
+        }
+    }
+
+    /// Default: the host's. The worker's working directory.
+    pub fn current_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.directory = Some(directory.into());
+        self
+    }
+
+    /// Default: [`Output::Capture`]. Where standard output goes.
+    pub fn stdout(mut self, output: Output) -> Self {
+        self.stdout = output;
+        self
+    }
+
+    /// Default: [`Output::Capture`]. Where standard error goes.
+    pub fn stderr(mut self, output: Output) -> Self {
+        self.stderr = output;
+        self
+    }
+
+    /// Default: 10 s. How long the worker may take to be ready, and a session to be opened.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Default: 1 s. How long the worker has between `SIGTERM` and `SIGKILL` when it is disposed.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// Default: 30 s. Deadline of each call, for sessions and functions that set none themselves.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.session = self.session.timeout(timeout);
+        self
+    }
+
+    /// Default: [`OnDeadline::KillWorker`]. What a passed deadline does.
+    pub fn on_deadline(mut self, policy: OnDeadline) -> Self {
+        self.session = self.session.on_deadline(policy);
+        self
+    }
+
+    /// Default: [`WaitPolicy::Adaptive`]. How both sides of each session wait.
+    pub fn wait(mut self, policy: WaitPolicy) -> Self {
+        self.session = self.session.wait(policy);
+        self
+    }
+
+    /// Default: 64 MiB. Largest argument or result of a call, in bytes.
+    pub fn payload_bytes_max(mut self, bytes: u64) -> Self {
+        self.session = self.session.payload_bytes_max(bytes);
+        self
+    }
+
+    /// Default: those of [`SessionBuilder`]. What sessions get that [`Worker::session`] opens.
+    pub fn session_defaults(mut self, session: SessionBuilder) -> Self {
+        self.session = session;
+        self
+    }
+
+    /// Starts the worker and waits until it is ready.
+    ///
+    /// # Errors
+    /// See [`StartError`]; nothing is left behind.
+    pub fn spawn(self) -> Result<Worker, StartError> {
+        self.session.check()?;
+        let runtime = monitor::runtime()?;
+        let started = Instant::now();
+        let (program, mut command) = self.command()?;
+        let (host_end, worker_end) = socket::pair().map_err(|e| StartError::system("socketpair", e))?;
+        let crash_page = CrashRegion::create().map_err(|e| StartError::system("making the crash page", e))?;
+        // The host's hello waits in the socket before the worker has been started: one round trip less.
+        socket::send(host_end.as_fd(), &Hello::ours().encode(), Some(crash_page.as_fd()))
+            .map_err(|e| StartError::system("writing to the control socket", e))?;
+        command.stdin(Stdio::from(worker_end));
+        let spawned = runtime
+            .spawn(command)
+            .map_err(|source| StartError::Program { program: program.clone(), source })?;
+        let inner = Arc::new(WorkerInner::new(spawned, host_end, crash_page, program, self));
+        if let Err(error) = runtime.add(&inner) {
+            inner.kill();
+            return Err(StartError::system("watching the worker", error));
+        }
+        // From here on dropping the owner ends the worker.
+        let worker = Worker { owner: Arc::new(WorkerOwner { inner }) };
+        worker.owner.inner.wait_ready()?;
+        tracing::debug!(pid = worker.pid(), elapsed = ?started.elapsed(), "worker started");
+        Ok(worker)
+    }
+
+    fn command(&self) -> Result<(PathBuf, Command), StartError> {
+        let named = self.program.clone().or_else(|| {
+            std::env::var_os(WORKER_VARIABLE).filter(|v| !v.is_empty()).map(PathBuf::from)
+        });
+        let program = match named {
+            Some(program) => program,
+            None => own_program()?,
+        };
+        let mut command = Command::new(&program);
+        command
+            .arg0("hotcell-worker")
+            .arg(control::WORKER_MARKER)
+            .arg(std::process::id().to_string())
+            .env_clear()
+            .envs(self.environment.iter().map(|(k, v)| (k, v)))
+            .stdout(stdio(self.stdout))
+            .stderr(stdio(self.stderr));
+        if let Some(directory) = &self.directory {
+            command.current_dir(directory);
+        }
+        Ok((program, command))
+    }
+}
+
+#[cfg(feature = "self-exec")]
+fn own_program() -> Result<PathBuf, StartError> {
+    crate::self_exec::own_program()
+}
+
+#[cfg(not(feature = "self-exec"))]
+fn own_program() -> Result<PathBuf, StartError> {
+    Err(StartError::NoProgram)
+}
+
+fn stdio(output: Output) -> Stdio {
+    match output {
+        Output::Inherit => Stdio::inherit(),
+        Output::Discard => Stdio::null(),
+        Output::Capture => Stdio::piped(),
+    }
+}
+
+/// One process that runs native code. Sessions in it are opened with [`Worker::session`].
+///
+/// Cloning gives another handle to the same process. The process is disposed when the last handle to it (this one, its sessions, their modules
+/// and functions) is dropped, or at once by [`Worker::dispose`]. It never outlives its host, however that ends.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    pub(crate) owner: Arc<WorkerOwner>,
+}
+
+/// Disposes of the process when dropped.
+#[derive(Debug)]
+pub(crate) struct WorkerOwner {
+    pub(crate) inner: Arc<WorkerInner>,
+}
+
+impl Drop for WorkerOwner {
+    fn drop(&mut self) {
+        self.inner.begin_dispose();
+    }
+}
+
+impl Worker {
+    /// Starts a worker with the defaults.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    ///
+    /// ```
+    /// # fn main() -> Result<(), hotcell::Error> {
+    /// let worker = hotcell::Worker::spawn()?;
+    /// assert!(worker.is_alive());
+    /// # Ok(()) }
+    /// ```
+    pub fn spawn() -> Result<Worker, StartError> {
+        WorkerBuilder::default().spawn()
+    }
+
+    /// Starts with options.
+    pub fn builder() -> WorkerBuilder {
+        WorkerBuilder::default()
+    }
+
+    /// Opens a session: a thread of its own in the worker, and a channel to it.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn session(&self) -> Result<Session, StartError> {
+        self.session_with(self.owner.inner.session_defaults.clone())
+    }
+
+    /// Opens a session with options of its own, which start from the library's defaults, not from the worker's.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn session_with(&self, options: SessionBuilder) -> Result<Session, StartError> {
+        Session::open(&self.owner, options)
+    }
+
+    /// The worker's process id. After its death the number may belong to another process.
+    pub fn pid(&self) -> u32 {
+        self.owner.inner.pid
+    }
+
+    /// Whether the worker has not ended, as far as the host knows now. It may end at any moment.
+    pub fn is_alive(&self) -> bool {
+        !self.owner.inner.is_dead()
+    }
+
+    /// The report, once the worker has ended.
+    pub fn crash_report(&self) -> Option<CrashReport> {
+        self.owner.inner.report()
+    }
+
+    /// The last [`OUTPUT_TAIL_BYTES`] of the worker's captured standard output.
+    pub fn stdout_tail(&self) -> Vec<u8> {
+        lock(&self.owner.inner.stdout_tail).iter().copied().collect()
+    }
+
+    /// The last [`OUTPUT_TAIL_BYTES`] of the worker's captured standard error.
+    pub fn stderr_tail(&self) -> Vec<u8> {
+        lock(&self.owner.inner.stderr_tail).iter().copied().collect()
+    }
+
+    /// A receiver of the worker's events from now on. Output that comes faster than it is received is dropped (only the tail is kept);
+    /// [`WorkerEvent::Ended`] always comes, and comes last; at once if the worker has ended already.
+    pub fn events(&self) -> crossbeam_channel::Receiver<WorkerEvent> {
+        self.owner.inner.subscribe()
+    }
+
+    /// Ends the worker: `SIGTERM`, and `SIGKILL` after the grace period. Returns when it is gone, which takes as long as it takes to die; the
+    /// operating system allows at most the grace period and a moment.
+    ///
+    /// Calls in flight end with [`CallError::Disposed`](crate::CallError::Disposed). Disposing again does nothing. Any thread may call it, an
+    /// event handler too.
+    pub fn dispose(&self) {
+        let inner = &self.owner.inner;
+        inner.begin_dispose();
+        if sys::original_process().load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let patience = inner.grace + Duration::from_secs(10);
+        inner.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
+    }
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Inbox {
+    hello: Option<Result<(), Mismatch>>,
+    greeted: bool,
+    /// Sessions that were asked for; with the worker's answer once it is there.
+    opening: HashMap<u32, Option<Result<u64, String>>>,
+    dead: bool,
+}
+
+/// Why the host ended a worker, and on account of which session.
+#[derive(Debug)]
+struct Verdict {
+    cause: Cause,
+    session: Option<u32>,
+}
+
+/// The host's side of one worker process, shared by its handles and the monitor.
+#[derive(Debug)]
+pub(crate) struct WorkerInner {
+    id: u64,
+    pub(crate) pid: u32,
+    pidfd: OwnedFd,
+    socket: OwnedFd,
+    crash_page: OwnedFd,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    program: PathBuf,
+    start_timeout: Duration,
+    grace: Duration,
+    session_defaults: SessionBuilder,
+    /// The first reason for which the host ended it.
+    verdict: OnceLock<Verdict>,
+    death: OnceLock<Arc<Death>>,
+    disposing: AtomicBool,
+    inbox: Mutex<Inbox>,
+    inbox_changed: Condvar,
+    sessions: Mutex<HashMap<u32, Weak<SessionInner>>>,
+    stdout_tail: Mutex<VecDeque<u8>>,
+    stderr_tail: Mutex<VecDeque<u8>>,
+    listeners: Mutex<Vec<crossbeam_channel::Sender<WorkerEvent>>>,
+}
+
+impl WorkerInner {
+    fn new(spawned: Spawned, socket: OwnedFd, crash_page: OwnedFd, program: PathBuf, config: WorkerBuilder) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            pid: spawned.pid,
+            pidfd: spawned.pidfd,
+            socket,
+            crash_page,
+            stdout: spawned.stdout,
+            stderr: spawned.stderr,
+            program,
+            start_timeout: config.start_timeout,
+            grace: config.grace,
+            session_defaults: config.session,
+            verdict: OnceLock::new(),
+            death: OnceLock::new(),
+            disposing: AtomicBool::new(false),
+            inbox: Mutex::default(),
+            inbox_changed: Condvar::new(),
+            sessions: Mutex::default(),
+            stdout_tail: Mutex::default(),
+            stderr_tail: Mutex::default(),
+            listeners: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn descriptor(&self, source: Source) -> Option<BorrowedFd<'_>> {
+        match source {
+            Source::Exit => Some(self.pidfd.as_fd()),
+            Source::Socket => Some(self.socket.as_fd()),
+            Source::Stdout => self.stdout.as_ref().map(AsFd::as_fd),
+            Source::Stderr => self.stderr.as_ref().map(AsFd::as_fd),
+        }
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.death.get().is_some()
+    }
+
+    pub(crate) fn death(&self) -> Option<&Arc<Death>> {
+        self.death.get()
+    }
+
+    pub(crate) fn is_disposing(&self) -> bool {
+        self.disposing.load(Ordering::Acquire)
+    }
+
+    /// The report for nobody's call in particular.
+    pub(crate) fn report(&self) -> Option<CrashReport> {
+        let death = Arc::clone(self.death.get()?);
+        let function = death.culprit_function().cloned();
+        let involvement = if function.is_some() { Involvement::Culprit } else { Involvement::NotRun };
+        Some(CrashReport { death, function, involvement })
+    }
+
+    fn subscribe(&self) -> crossbeam_channel::Receiver<WorkerEvent> {
+        let (sender, receiver) = crossbeam_channel::unbounded();
+        let mut listeners = lock(&self.listeners);
+        // Under the listeners' lock: the monitor tells the death under it, after the death is known.
+        match self.report() {
+            Some(report) => drop(sender.send(WorkerEvent::Ended(report))),
+            None => listeners.push(sender),
+        }
+        receiver
+    }
+
+    fn tell(&self, event: &WorkerEvent) {
+        let mut listeners = lock(&self.listeners);
+        listeners.retain(|listener| {
+            let ended = matches!(event, WorkerEvent::Ended(_));
+            if !ended && listener.len() >= OUTPUT_EVENTS_MAX {
+                return true; // dropped for a receiver that does not keep up
+            }
+            listener.send(event.clone()).is_ok() && !ended
+        });
+    }
+
+    /// Waits until `look` finds what it looks for in the inbox, or the worker is dead (`look` sees that too), or the time is up.
+    fn wait_inbox<T>(&self, timeout: Duration, look: impl Fn(&mut Inbox) -> Option<T>) -> Option<T> {
+        let start = Instant::now();
+        let mut inbox = lock(&self.inbox);
+        loop {
+            if let Some(found) = look(&mut inbox) {
+                return Some(found);
+            }
+            let left = timeout.checked_sub(start.elapsed()).filter(|left| !left.is_zero())?;
+            inbox =
+                self.inbox_changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    fn wait_ready(&self) -> Result<(), StartError> {
+        let ready = self.wait_inbox(self.start_timeout, |inbox| match inbox.hello.take() {
+            Some(hello) => Some(Some(hello)),
+            None => inbox.dead.then_some(None),
+        });
+        match ready {
+            Some(Some(Ok(()))) => Ok(()),
+            Some(Some(Err(mismatch))) => Err(StartError::Mismatch { program: self.program.clone(), mismatch }),
+            Some(None) => Err(self.died_early()),
+            None => {
+                let after = self.start_timeout;
+                self.end(Cause::NeverReady { after }, None);
+                self.wait_gone();
+                Err(StartError::TimedOut { after })
+            }
+        }
+    }
+
+    fn died_early(&self) -> StartError {
+        match self.report() {
+            Some(_) if self.is_disposing() => StartError::Disposed,
+            Some(report) => StartError::Died(Box::new(report)),
+            None => StartError::Disposed,
+        }
+    }
+
+    /// After a kill: until the kernel has reported the end, which takes microseconds unless the machine is in trouble.
+    pub(crate) fn wait_gone(&self) {
+        self.wait_inbox(Duration::from_secs(10), |inbox| inbox.dead.then_some(()));
+    }
+
+    /// Asks the worker for a session and waits for its answer: the address of the arena in the worker.
+    pub(crate) fn open_session(
+        &self,
+        session: &Arc<SessionInner>,
+        region: BorrowedFd<'_>,
+        request: &ToWorker,
+    ) -> Result<u64, StartError> {
+        let id = session.id();
+        lock(&self.sessions).insert(id, Arc::downgrade(session));
+        lock(&self.inbox).opening.insert(id, None);
+        let sent = socket::send(self.socket.as_fd(), &control::encode(request), Some(region));
+        let answer = match sent {
+            Ok(()) => self.wait_inbox(self.start_timeout, |inbox| {
+                match inbox.opening.get_mut(&id).and_then(Option::take) {
+                    Some(answer) => Some(Some(answer)),
+                    None => inbox.dead.then_some(None),
+                }
+            }),
+            // The other end is closed: the death is on its way to the monitor.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.wait_gone();
+                Some(None)
+            }
+            Err(error) => {
+                self.forget_session(id);
+                return Err(StartError::system("writing to the control socket", error));
+            }
+        };
+        lock(&self.inbox).opening.remove(&id);
+        let refused = match answer {
+            Some(Some(Ok(address))) => return Ok(address),
+            Some(Some(Err(reason))) => StartError::Refused { reason },
+            Some(None) => self.died_early(),
+            None => {
+                let after = self.start_timeout;
+                self.end(Cause::NeverReady { after }, None);
+                StartError::TimedOut { after }
+            }
+        };
+        self.forget_session(id);
+        Err(refused)
+    }
+
+    pub(crate) fn forget_session(&self, id: u32) {
+        lock(&self.sessions).remove(&id);
+    }
+
+    /// Ends the worker for a reason. The first reason counts.
+    pub(crate) fn end(&self, cause: Cause, session: Option<u32>) {
+        let _ = self.verdict.set(Verdict { cause, session });
+        self.kill();
+    }
+
+    /// Ends the worker because it broke the protocol.
+    pub(crate) fn breach(&self, what: impl Into<String>, session: Option<u32>) {
+        let what = what.into();
+        tracing::warn!(pid = self.pid, what, "worker broke the protocol");
+        self.end(Cause::ProtocolBreach { what }, session);
+    }
+
+    /// `SIGKILL`, to exactly this process. A process that has ended already is none the worse.
+    pub(crate) fn kill(&self) {
+        // In a fork of the host the worker is somebody else's.
+        if sys::original_process().load(Ordering::Relaxed) == 1 {
+            let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGKILL);
+        }
+    }
+
+    /// `SIGTERM` now, `SIGKILL` after the grace period. Does not wait.
+    pub(crate) fn begin_dispose(&self) {
+        if sys::original_process().load(Ordering::Relaxed) == 0 || self.disposing.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if self.is_dead() {
+            return;
+        }
+        let _ = self.verdict.set(Verdict { cause: Cause::Disposed, session: None });
+        let _ = sys::pidfd_send_signal(self.pidfd.as_fd(), libc::SIGTERM);
+        match monitor::runtime() {
+            Ok(runtime) if !self.grace.is_zero() => runtime.end_after(self, self.grace, None),
+            _ => self.kill(),
+        }
+    }
+
+    // What follows runs on the monitor's thread.
+
+    /// The process may have ended: collects it, and tells everybody. False if it still runs.
+    pub(crate) fn collect(&self) -> bool {
+        let Some((status, usage)) = sys::wait_pidfd(self.pidfd.as_fd()) else { return false };
+        self.drain_output();
+        let facts = CrashRegion::open(self.crash_page.as_fd()).ok().and_then(|region| region.page().read());
+        let sessions: Vec<Arc<SessionInner>> =
+            lock(&self.sessions).values().filter_map(Weak::upgrade).collect();
+        let mut running: Vec<(u32, FunctionName)> = Vec::new();
+        for session in &sessions {
+            if let Some(function) = session.running_function() {
+                running.push((session.id(), function));
+            }
+        }
+        let (cause, blamed) = match self.verdict.get() {
+            Some(verdict) => (verdict.cause.clone(), verdict.session),
+            None => (Self::cause_of(status, facts.as_ref()), facts.as_ref().and_then(|f| f.session)),
+        };
+        let culprit = blamed.or(match (&cause, &running[..]) {
+            // With one call running there is only one that can have done it.
+            (Cause::Exited { .. } | Cause::Signaled { .. } | Cause::StackOverflow { .. }, [(session, _)]) => {
+                Some(*session)
+            }
+            _ => None,
+        });
+        let stderr_tail: Vec<u8> = lock(&self.stderr_tail).iter().copied().collect();
+        let stderr_tail = printable(&stderr_tail);
+        tracing::debug!(pid = self.pid, %cause, "worker ended");
+        let death = Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail };
+        let _ = self.death.set(Arc::new(death));
+        // Callers first: some are spinning.
+        for session in &sessions {
+            session.worker_died();
+        }
+        lock(&self.inbox).dead = true;
+        self.inbox_changed.notify_all();
+        if let Some(report) = self.report() {
+            self.tell(&WorkerEvent::Ended(report));
+        }
+        true
+    }
+
+    fn cause_of(status: WaitStatus, facts: Option<&hotcell_channel::crash::CrashFacts>) -> Cause {
+        match status {
+            WaitStatus::Exited(code) => Cause::Exited { code },
+            WaitStatus::Signaled { signal, core_dumped } => match facts {
+                // The kernel says which signal, the handler which address; both must agree that it was a fault.
+                Some(facts)
+                    if facts.stack_overflow
+                        && facts.signal == signal
+                        && matches!(signal, libc::SIGSEGV | libc::SIGBUS) =>
+                {
+                    Cause::StackOverflow { signal, core_dumped }
+                }
+                _ => Cause::Signaled { signal, core_dumped },
+            },
+            WaitStatus::Unknown => Cause::Unknown,
+        }
+    }
+
+    /// The control socket can be read, or its other end is closed.
+    pub(crate) fn read_control(&self, runtime: &Runtime) {
+        // Every message is an answer to something asked, so a flood ends at its first message too many.
+        loop {
+            let packet = match socket::receive(self.socket.as_fd(), false) {
+                Ok(packet) => packet,
+                Err(PacketError::Empty) => return,
+                Err(error) => {
+                    runtime.forget(self, Source::Socket);
+                    return self.breach(error.to_string(), None);
+                }
+            };
+            if packet.bytes.is_empty() {
+                // Hang-up, or an empty packet, which nobody has a use for. A dying worker's exit follows within microseconds; one that lives on
+                // has lost its tie to this host.
+                runtime.forget(self, Source::Socket);
+                runtime.end_after(self, HANG_UP_GRACE, Some("it closed its control socket and lived on"));
+                return;
+            }
+            if let Err(what) = self.take_message(&packet.bytes) {
+                runtime.forget(self, Source::Socket);
+                return self.breach(what, None);
+            }
+        }
+    }
+
+    fn take_message(&self, frame: &[u8]) -> Result<(), String> {
+        let mut inbox = lock(&self.inbox);
+        if !inbox.greeted {
+            inbox.greeted = true;
+            let checked = Hello::check(frame);
+            inbox.hello = Some(checked.map(drop));
+            self.inbox_changed.notify_all();
+            return checked.map(drop).map_err(|mismatch| mismatch.to_string());
+        }
+        let (session, answer) = match control::decode::<ToHost>(frame).map_err(|bad| bad.to_string())? {
+            ToHost::Opened { session, arena_address } => (session, Ok(arena_address)),
+            ToHost::Refused { session, reason } => (session, Err(printable(reason.as_bytes()))),
+        };
+        match inbox.opening.get_mut(&session) {
+            Some(waiting @ None) => *waiting = Some(answer),
+            _ => return Err(format!("it answered for session {session}, which was not asked for")),
+        }
+        self.inbox_changed.notify_all();
+        Ok(())
+    }
+
+    /// Captured output can be read, or its end has come.
+    pub(crate) fn read_output(&self, runtime: &Runtime, source: Source) {
+        if !self.read_piece(source) {
+            runtime.forget(self, source);
+        }
+    }
+
+    /// Reads one piece of output. False at its end.
+    fn read_piece(&self, source: Source) -> bool {
+        let (fd, tail) = match source {
+            Source::Stdout => (&self.stdout, &self.stdout_tail),
+            _ => (&self.stderr, &self.stderr_tail),
+        };
+        let Some(fd) = fd else { return false };
+        let mut buffer = [0u8; 32 << 10];
+        let Some(count) = monitor::read_some(fd, &mut buffer) else { return false };
+        if count == 0 {
+            return true;
+        }
+        let piece = &buffer[..count];
+        {
+            let mut tail = lock(tail);
+            tail.extend(piece);
+            let excess = tail.len().saturating_sub(OUTPUT_TAIL_BYTES);
+            tail.drain(..excess);
+        }
+        if !lock(&self.listeners).is_empty() {
+            let piece = piece.to_vec();
+            self.tell(&if source == Source::Stdout {
+                WorkerEvent::Stdout(piece)
+            } else {
+                WorkerEvent::Stderr(piece)
+            });
+        }
+        true
+    }
+
+    /// What the pipes still hold at the end. Bounded: a process that the worker left behind may go on writing.
+    fn drain_output(&self) {
+        for source in [Source::Stdout, Source::Stderr] {
+            let mut pipe_bytes_left = 1usize << 20;
+            loop {
+                let before = self.descriptor(source).map_or(0, |fd| waiting_bytes(fd));
+                if before == 0 || pipe_bytes_left == 0 || !self.read_piece(source) {
+                    break;
+                }
+                pipe_bytes_left = pipe_bytes_left.saturating_sub(before);
+            }
+        }
+    }
+}
+
+/// Whether a pipe has something to read: 1 if so, for the bound above at most the size of one read.
+fn waiting_bytes(fd: BorrowedFd<'_>) -> usize {
+    if socket::readable(fd, Duration::ZERO) { 32 << 10 } else { 0 }
+}
+
+/// Untrusted bytes as text for a report: lossily decoded, control characters other than the line feed escaped.
+pub(crate) fn printable(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for c in String::from_utf8_lossy(bytes).chars() {
+        if c.is_control() && c != '\n' {
+            text.extend(c.escape_default());
+        } else {
+            text.push(c);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn untrusted_text_is_escaped() {
+        assert_eq!(printable(b"a\x1b[2Jb\xff\nc"), "a\\u{1b}[2Jb\u{fffd}\nc");
+    }
+}
