@@ -61,7 +61,11 @@ pub trait Param: Sealed {
     #[inline(always)]
     fn need(_value: &Self::Value<'_>, _need: &mut Need) {}
     #[doc(hidden)]
-    fn encode(value: &mut Self::Value<'_>, frame: &mut Frame<'_>, name: &FunctionName) -> Result<u64, CallError>;
+    fn encode(
+        value: &mut Self::Value<'_>,
+        frame: &mut Frame<'_>,
+        name: &FunctionName,
+    ) -> Result<u64, CallError>;
     #[doc(hidden)]
     #[inline(always)]
     fn finish(_value: Self::Value<'_>, _word: u64, _frame: &Frame<'_>) {}
@@ -430,7 +434,11 @@ impl<P: PointerParam> Param for Option<P> {
         }
     }
     #[inline(always)]
-    fn encode(value: &mut Self::Value<'_>, frame: &mut Frame<'_>, name: &FunctionName) -> Result<u64, CallError> {
+    fn encode(
+        value: &mut Self::Value<'_>,
+        frame: &mut Frame<'_>,
+        name: &FunctionName,
+    ) -> Result<u64, CallError> {
         value.as_mut().map_or(Ok(0), |value| P::encode(value, frame, name))
     }
     #[inline(always)]
@@ -588,7 +596,11 @@ impl<F: FunctionType> Clone for Function<F> {
 }
 
 impl<F: FunctionType> Function<F> {
-    pub(crate) fn resolve(module: &Module, symbol: &str, variadic_after: Option<u8>) -> Result<Self, LoadError> {
+    pub(crate) fn resolve(
+        module: &Module,
+        symbol: &str,
+        variadic_after: Option<u8>,
+    ) -> Result<Self, LoadError> {
         let mut signature = F::signature();
         signature.variadic_after = variadic_after;
         let resolved = module.resolve(symbol, &signature, F::ERRNO)?;
@@ -621,7 +633,7 @@ impl<F: FunctionType> Function<F> {
     /// See [`CallError`].
     #[inline(always)]
     pub fn call_tuple(&self, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let mut frame = self.session.claim()?;
+        let mut frame = self.session.claim(|| FunctionName::clone(&self.name))?;
         let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
         frame.publish(self.index, self.label);
         frame.wait(self.timeout, || FunctionName::clone(&self.name))?;
@@ -644,8 +656,12 @@ impl<F: FunctionType> Function<F> {
         self.submit_within(values, Duration::ZERO)
     }
 
-    fn submit_within<'a>(&self, mut values: F::Values<'a>, patience: Duration) -> Result<Ticket<'a, F>, CallError> {
-        let mut frame = self.session.claim_ring(patience)?;
+    fn submit_within<'a>(
+        &self,
+        mut values: F::Values<'a>,
+        patience: Duration,
+    ) -> Result<Ticket<'a, F>, CallError> {
+        let mut frame = self.session.claim_ring(patience, || FunctionName::clone(&self.name))?;
         let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
         frame.publish(self.index, self.label);
         let detached = Some(frame.detach());

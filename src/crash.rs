@@ -1,8 +1,8 @@
 //! The crash report: what a dead worker's host knows, from the kernel first and from the crash page second.
 
 use crate::error::FunctionName;
-pub use hotcell_channel::crash::{Access, Frame};
 use hotcell_channel::crash::CrashFacts;
+pub use hotcell_channel::crash::{Access, Frame};
 pub use hotcell_channel::sys::Usage;
 use std::fmt;
 use std::sync::Arc;

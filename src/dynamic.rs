@@ -117,9 +117,10 @@ from_value_exactly! {
 impl TryFrom<Value> for String {
     type Error = CallError;
     fn try_from(value: Value) -> Result<String, CallError> {
-        CString::try_from(value)?
-            .into_string()
-            .map_err(|_| CallError::WrongResult { expected: "UTF-8 string", given: "a string that is not UTF-8".into() })
+        CString::try_from(value)?.into_string().map_err(|_| CallError::WrongResult {
+            expected: "UTF-8 string",
+            given: "a string that is not UTF-8".into(),
+        })
     }
 }
 
@@ -370,7 +371,8 @@ impl DynFunction {
         let index = match self.with_errno.get() {
             Some(index) => *index,
             None => {
-                let resolved = self.module.resolve(&self.function.name.symbol, &self.function.signature, true)?;
+                let resolved =
+                    self.module.resolve(&self.function.name.symbol, &self.function.signature, true)?;
                 *self.with_errno.get_or_init(|| resolved.index)
             }
         };
@@ -420,7 +422,7 @@ impl DynFunction {
         if count > WORDS_MAX {
             need.add(count * size_of::<u64>());
         }
-        let mut frame = self.session.claim()?;
+        let mut frame = self.session.claim(|| name.clone())?;
         frame.reserve(need, || name.clone())?;
         for (at, (arg, place)) in args.iter().zip(places).enumerate() {
             let word = &mut words[usize::from(*place)];
@@ -518,7 +520,8 @@ fn integer(arg: &Arg<'_>) -> Option<i128> {
         Arg::Signed(n) => Some((*n).into()),
         Arg::Unsigned(n) => Some((*n).into()),
         Arg::Bool(b) => Some((*b).into()),
-        #[allow(clippy::cast_possible_truncation)] // in range: checked by the bound, and whole: checked by fract
+        #[allow(clippy::cast_possible_truncation)]
+        // in range: checked by the bound, and whole: checked by fract
         Arg::Float(x) if x.fract() == 0.0 && x.abs() < 2f64.powi(64) => Some(*x as i128),
         _ => None,
     }

@@ -373,7 +373,9 @@ impl CallError {
     pub fn may_have_run(&self) -> bool {
         match self {
             CallError::Crashed(report) | CallError::Disposed(report) => report.involvement().may_have_run(),
-            CallError::TimedOut { .. } | CallError::NullString { .. } | CallError::StringTooLong { .. } => true,
+            CallError::TimedOut { .. } | CallError::NullString { .. } | CallError::StringTooLong { .. } => {
+                true
+            }
             _ => false,
         }
     }

@@ -14,7 +14,8 @@ mod worker;
 
 pub use bytemuck;
 pub use call::{
-    Callback, Errno, Function, FunctionType, In, InOut, Nullable, Out, Param, PointerParam, Returned, Ticket, WithErrno,
+    Callback, Errno, Function, FunctionType, In, InOut, Nullable, Out, Param, PointerParam, Returned, Ticket,
+    WithErrno,
 };
 pub use crash::{Access, Cause, CrashReport, Frame, Involvement, Usage};
 pub use dynamic::{Arg, DynFunction, IntoArgs, Value, out};
@@ -25,7 +26,9 @@ pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,
 };
-pub use worker::{OUTPUT_TAIL_BYTES, OnDeadline, Output, WORKER_VARIABLE, WaitPolicy, Worker, WorkerBuilder, WorkerEvent};
+pub use worker::{
+    OUTPUT_TAIL_BYTES, OnDeadline, Output, WORKER_VARIABLE, WaitPolicy, Worker, WorkerBuilder, WorkerEvent,
+};
 
 /// Whether this process was started as a worker. For code of a host that runs before `main` (constructors) and must not run in its workers.
 ///

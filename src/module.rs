@@ -100,7 +100,11 @@ impl Module {
     /// assert_eq!(&text[..length as usize], b"7 0.50");
     /// # Ok(()) }
     /// ```
-    pub fn variadic_function<F: FunctionType>(&self, symbol: &str, fixed: u8) -> Result<Function<F>, LoadError> {
+    pub fn variadic_function<F: FunctionType>(
+        &self,
+        symbol: &str,
+        fixed: u8,
+    ) -> Result<Function<F>, LoadError> {
         Function::resolve(self, symbol, Some(fixed))
     }
 
@@ -134,7 +138,12 @@ impl Module {
             .collect()
     }
 
-    pub(crate) fn resolve(&self, symbol: &str, signature: &Signature, errno: bool) -> Result<Resolved, LoadError> {
+    pub(crate) fn resolve(
+        &self,
+        symbol: &str,
+        signature: &Signature,
+        errno: bool,
+    ) -> Result<Resolved, LoadError> {
         let name = FunctionName { module: Arc::clone(&self.name), symbol: symbol.into() };
         if symbol.is_empty() || symbol.contains('\0') {
             let detail = "a symbol's name is not empty and has no NUL inside".to_owned();
@@ -144,8 +153,12 @@ impl Module {
             check_variadic(signature, fixed)
                 .map_err(|detail| LoadError::BadSignature { function: name.clone(), detail })?;
         }
-        let request =
-            Request::Resolve { module: self.index, symbol: symbol.into(), signature: signature.clone(), errno };
+        let request = Request::Resolve {
+            module: self.index,
+            symbol: symbol.into(),
+            signature: signature.clone(),
+            errno,
+        };
         let session = &self.owner.inner;
         let running = FunctionName { symbol: format!("(resolve {symbol})").into(), ..name.clone() };
         let fail = |source| LoadError::Call { module: Arc::clone(&self.name), source };
@@ -172,7 +185,10 @@ fn check_variadic(signature: &Signature, fixed: u8) -> Result<(), String> {
             Type::Bool | Type::Char | Type::I8 | Type::I16 | Type::U8 | Type::U16 => "i32",
             _ => continue,
         };
-        return Err(format!("variadic argument {} is {t}, which C passes as {promoted}: declare that", i + 1));
+        return Err(format!(
+            "variadic argument {} is {t}, which C passes as {promoted}: declare that",
+            i + 1
+        ));
     }
     Ok(())
 }

@@ -93,7 +93,8 @@ pub(crate) fn runtime() -> Result<&'static Runtime, StartError> {
     }
     let failed = |what| move |errno: Errno| StartError::system(what, io::Error::from(errno));
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("epoll_create1"))?;
-    let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(failed("eventfd"))?;
+    let waker =
+        EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(failed("eventfd"))?;
     epoll.add(&waker, EpollEvent::new(EpollFlags::EPOLLIN, WAKER)).map_err(failed("epoll_ctl"))?;
     let (jobs, inbox) = crossbeam_channel::unbounded::<Job>();
     let runtime: &'static Runtime =

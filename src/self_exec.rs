@@ -67,7 +67,11 @@ fn is_in_main_program() -> bool {
         address: usize,
         found: bool,
     }
-    unsafe extern "C" fn first_object(info: *mut libc::dl_phdr_info, _size: usize, data: *mut c_void) -> c_int {
+    unsafe extern "C" fn first_object(
+        info: *mut libc::dl_phdr_info,
+        _size: usize,
+        data: *mut c_void,
+    ) -> c_int {
         // SAFETY: dl_iterate_phdr passes a valid info and hands `data` through, which is the Search below.
         let (info, search) = unsafe { (&*info, &mut *data.cast::<Search>()) };
         // SAFETY: the object has `dlpi_phnum` program headers at `dlpi_phdr`.

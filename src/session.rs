@@ -15,7 +15,9 @@ use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, pr
 use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
 use hotcell_channel::control::{self, ToWorker};
-use hotcell_channel::layout::{ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES};
+use hotcell_channel::layout::{
+    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
+};
 use hotcell_channel::region::{self, Region};
 use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
 use hotcell_channel::slot::{FUNCTIONS_MAX, SLOTS_MAX, Slot, Turn, WORDS_MAX};
@@ -23,7 +25,10 @@ use hotcell_channel::sys;
 use hotcell_channel::wait::{self, Spin, Waited};
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release, Ordering::SeqCst};
+use std::sync::atomic::{
+    AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    Ordering::SeqCst,
+};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -112,7 +117,8 @@ impl SessionBuilder {
         if !(PAGE_BYTES..=8 << 30).contains(&self.payload_bytes_max) {
             return bad("payload_bytes_max", self.payload_bytes_max, "4 KiB to 8 GiB");
         }
-        if !(1..=self.payload_bytes_max).contains(&self.string_bytes_max) && self.string_bytes_max != 16 << 20 {
+        if !(1..=self.payload_bytes_max).contains(&self.string_bytes_max) && self.string_bytes_max != 16 << 20
+        {
             return bad("string_bytes_max", self.string_bytes_max, "1 to payload_bytes_max");
         }
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
@@ -243,7 +249,7 @@ impl Session {
         let address = inner.address_of(pointer, || inner.own_name("read"))?;
         let mut done = 0;
         for piece in into.chunks_mut(inner.piece_bytes()) {
-            let mut frame = inner.claim()?;
+            let mut frame = inner.claim(|| inner.own_name("read"))?;
             frame.reserve(Need::of(piece.len()), || inner.own_name("read"))?;
             let target = frame.room(piece.len());
             let words = [target, address.wrapping_add(done), piece.len() as u64];
@@ -265,7 +271,7 @@ impl Session {
         let address = inner.address_of(pointer, || inner.own_name("write"))?;
         let mut done = 0;
         for piece in from.chunks(inner.piece_bytes()) {
-            let mut frame = inner.claim()?;
+            let mut frame = inner.claim(|| inner.own_name("write"))?;
             frame.reserve(Need::of(piece.len()), || inner.own_name("write"))?;
             let source = frame.lend(piece);
             let words = [address.wrapping_add(done), source, piece.len() as u64];
@@ -526,7 +532,13 @@ pub(crate) struct SessionInner {
 }
 
 impl SessionInner {
-    fn new(id: u32, region: Region, region_fd: OwnedFd, worker: Arc<WorkerInner>, options: SessionBuilder) -> Self {
+    fn new(
+        id: u32,
+        region: Region,
+        region_fd: OwnedFd,
+        worker: Arc<WorkerInner>,
+        options: SessionBuilder,
+    ) -> Self {
         let ring_books: Box<[RingBooks]> = (0..options.slots).map(|_| RingBooks::default()).collect();
         ring_books[0].busy.store(true, Relaxed);
         let own = FunctionName { module: "the session".into(), symbol: "(own work)".into() };
@@ -598,24 +610,28 @@ impl SessionInner {
 
     /// Takes a slot for a blocking call.
     #[inline(always)]
-    pub(crate) fn claim(&self) -> Result<Frame<'_>, CallError> {
+    pub(crate) fn claim(&self, function: impl Fn() -> FunctionName) -> Result<Frame<'_>, CallError> {
         // Both are facts of this process; together one branch.
         if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
-            self.refuse()?;
+            self.refuse(&function)?;
         }
         if self.direct.busy.compare_exchange(0, 1, Acquire, Relaxed).is_ok() {
             let sequence = self.direct.published.load(Relaxed) + 1;
             return Ok(Frame::new(self, Lane::Direct, self.region.direct(), sequence));
         }
-        self.claim_ring(self.options.timeout)
+        self.claim_ring(self.options.timeout, function)
     }
 
     /// Takes a ring slot, waiting at most `timeout` for one to become free.
-    pub(crate) fn claim_ring(&self, timeout: Duration) -> Result<Frame<'_>, CallError> {
+    pub(crate) fn claim_ring(
+        &self,
+        timeout: Duration,
+        function: impl Fn() -> FunctionName,
+    ) -> Result<Frame<'_>, CallError> {
         let mut since = None;
         loop {
             if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
-                self.refuse()?;
+                self.refuse(&function)?;
             }
             if let Some(frame) = self.try_claim_ring() {
                 return Ok(frame);
@@ -641,7 +657,8 @@ impl SessionInner {
         }
         let slots = self.options.slots;
         let slot = ring.tail;
-        let next = (1..slots).map(|step| (slot + step) % slots).find(|at| !self.books(*at).busy.load(Acquire))?;
+        let next =
+            (1..slots).map(|step| (slot + step) % slots).find(|at| !self.books(*at).busy.load(Acquire))?;
         self.books(next).busy.store(true, Relaxed);
         ring.tail = next;
         ring.published += 1;
@@ -682,12 +699,12 @@ impl SessionInner {
 
     /// Why no call can be made now; or that it can after all, because what was abandoned has returned.
     #[cold]
-    fn refuse(&self) -> Result<(), CallError> {
+    fn refuse(&self, function: &dyn Fn() -> FunctionName) -> Result<(), CallError> {
         if self.original.load(Relaxed) == 0 {
             return Err(CallError::Forked);
         }
         match self.status.load(Acquire) {
-            DEAD => Err(self.death_error(None, false)),
+            DEAD => Err(self.death_error(Some(function()), false)),
             CLOSED => Err(CallError::Closed),
             ABANDONED => {
                 let mut abandoned = lock(&self.abandoned);
@@ -800,7 +817,7 @@ impl SessionInner {
 
     /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
     fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
-        self.claim()?.run_fixed(function, words, what)
+        self.claim(|| self.own_name(what))?.run_fixed(function, words, what)
     }
 
     pub(crate) fn read_string(
@@ -813,7 +830,7 @@ impl SessionInner {
         let mut room = max.min(16 << 10);
         loop {
             let bytes = usize::try_from(room).unwrap_or(usize::MAX);
-            let mut frame = self.claim()?;
+            let mut frame = self.claim(&name)?;
             frame.reserve(Need::of(bytes), &name)?;
             let target = frame.room(bytes);
             match frame.run_fixed(fixed::READ_STRING, &[target, address, room], "read_string")? {
@@ -835,7 +852,7 @@ impl SessionInner {
         if bytes.len() > capacity {
             return Err(CallError::TooLarge { function: name.clone(), bytes: bytes.len() as u64, max });
         }
-        let mut frame = self.claim()?;
+        let mut frame = self.claim(|| name.clone())?;
         frame.reserve(Need::of(capacity), || name.clone())?;
         let block = frame.room(capacity);
         frame.write_at(block, &bytes);
@@ -865,7 +882,7 @@ impl SessionInner {
     }
 
     fn close(&self) -> Result<(), CallError> {
-        let mut frame = self.claim()?;
+        let mut frame = self.claim(|| self.own_name("close"))?;
         let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
@@ -911,7 +928,8 @@ impl Need {
     #[inline(always)]
     pub(crate) fn add(&mut self, bytes: usize) {
         let bytes = bytes as u64;
-        self.total = self.total.saturating_add(bytes.saturating_add(PAYLOAD_ALIGN - 1) & !(PAYLOAD_ALIGN - 1));
+        self.total =
+            self.total.saturating_add(bytes.saturating_add(PAYLOAD_ALIGN - 1) & !(PAYLOAD_ALIGN - 1));
         self.largest = self.largest.max(bytes);
     }
 }
@@ -955,7 +973,11 @@ impl<'s> Frame<'s> {
 
     /// Makes sure of payload bytes. At most once in a call, before any of [`Frame::room`] and [`Frame::lend`].
     #[inline(always)]
-    pub(crate) fn reserve(&mut self, need: Need, function: impl FnOnce() -> FunctionName) -> Result<(), CallError> {
+    pub(crate) fn reserve(
+        &mut self,
+        need: Need,
+        function: impl FnOnce() -> FunctionName,
+    ) -> Result<(), CallError> {
         if need.total == 0 {
             return Ok(());
         }
@@ -1057,7 +1079,11 @@ impl<'s> Frame<'s> {
 
     /// Waits for the reply. After `Ok` the reply words can be read.
     #[inline(always)]
-    pub(crate) fn wait(&mut self, timeout: Duration, function: impl FnOnce() -> FunctionName) -> Result<(), CallError> {
+    pub(crate) fn wait(
+        &mut self,
+        timeout: Duration,
+        function: impl FnOnce() -> FunctionName,
+    ) -> Result<(), CallError> {
         let session = self.session;
         let waited = wait::wait_reply(
             self.slot,
@@ -1074,18 +1100,14 @@ impl<'s> Frame<'s> {
         Err(self.lost(waited, timeout, function()))
     }
 
-    /// Whether the reply is there, or there will never be one: then [`Frame::wait`] returns at once.
-    pub(crate) fn is_over(&self) -> bool {
-        self.slot.turn() != Turn::Pending || self.session.status.load(Acquire) == DEAD
-    }
-
     #[cold]
     #[inline(never)]
     fn lost(&mut self, waited: Waited, timeout: Duration, function: FunctionName) -> CallError {
         self.stage = Stage::Lost;
         let session = self.session;
         let (direct_taken, ring_taken) = session.region.progress().taken();
-        let taken = self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
+        let taken =
+            self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
         match waited {
             Waited::TimedOut => {
                 let worker_killed = session.options.on_deadline == OnDeadline::KillWorker;
@@ -1093,7 +1115,11 @@ impl<'s> Frame<'s> {
                     let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
                     session.worker.end(cause, Some(session.id));
                 } else {
-                    let call = AbandonedCall { lane: self.lane, block: self.block.take(), function: function.clone() };
+                    let call = AbandonedCall {
+                        lane: self.lane,
+                        block: self.block.take(),
+                        function: function.clone(),
+                    };
                     lock(&session.abandoned).push(call);
                     // Fails if the session is abandoned already, or dead.
                     let _ = session.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
@@ -1101,7 +1127,9 @@ impl<'s> Frame<'s> {
                 CallError::TimedOut { function, after: timeout, worker_killed }
             }
             Waited::Breach(state) => {
-                session.worker.breach(format!("it wrote state {state} into the slot of {function}"), Some(session.id));
+                session
+                    .worker
+                    .breach(format!("it wrote state {state} into the slot of {function}"), Some(session.id));
                 session.death_error(Some(function), taken)
             }
             _ if session.status.load(Acquire) == CLOSED => CallError::Closed,

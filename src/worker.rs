@@ -207,9 +207,10 @@ impl WorkerBuilder {
     }
 
     fn command(&self) -> Result<(PathBuf, Command), StartError> {
-        let named = self.program.clone().or_else(|| {
-            std::env::var_os(WORKER_VARIABLE).filter(|v| !v.is_empty()).map(PathBuf::from)
-        });
+        let named = self
+            .program
+            .clone()
+            .or_else(|| std::env::var_os(WORKER_VARIABLE).filter(|v| !v.is_empty()).map(PathBuf::from));
         let program = match named {
             Some(program) => program,
             None => own_program()?,
@@ -396,7 +397,13 @@ pub(crate) struct WorkerInner {
 }
 
 impl WorkerInner {
-    fn new(spawned: Spawned, socket: OwnedFd, crash_page: OwnedFd, program: PathBuf, config: WorkerBuilder) -> Self {
+    fn new(
+        spawned: Spawned,
+        socket: OwnedFd,
+        crash_page: OwnedFd,
+        program: PathBuf,
+        config: WorkerBuilder,
+    ) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -486,8 +493,7 @@ impl WorkerInner {
                 return Some(found);
             }
             let left = timeout.checked_sub(start.elapsed()).filter(|left| !left.is_zero())?;
-            inbox =
-                self.inbox_changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
+            inbox = self.inbox_changed.wait_timeout(inbox, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -498,7 +504,9 @@ impl WorkerInner {
         });
         match ready {
             Some(Some(Ok(()))) => Ok(()),
-            Some(Some(Err(mismatch))) => Err(StartError::Mismatch { program: self.program.clone(), mismatch }),
+            Some(Some(Err(mismatch))) => {
+                Err(StartError::Mismatch { program: self.program.clone(), mismatch })
+            }
             Some(None) => Err(self.died_early()),
             None => {
                 let after = self.start_timeout;
@@ -592,7 +600,8 @@ impl WorkerInner {
 
     /// `SIGTERM` now, `SIGKILL` after the grace period. Does not wait.
     pub(crate) fn begin_dispose(&self) {
-        if sys::original_process().load(Ordering::Relaxed) == 0 || self.disposing.swap(true, Ordering::AcqRel) {
+        if sys::original_process().load(Ordering::Relaxed) == 0 || self.disposing.swap(true, Ordering::AcqRel)
+        {
             return;
         }
         if self.is_dead() {

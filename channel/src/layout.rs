@@ -68,7 +68,7 @@ impl Geometry {
             && self.slots <= crate::slot::SLOTS_MAX
             && self.arena_bytes >= SCRATCH_BYTES
             && self.arena_bytes <= ARENA_BYTES_MAX
-            && self.arena_bytes % PAGE_BYTES == 0
+            && self.arena_bytes.is_multiple_of(PAGE_BYTES)
     }
 }
 
@@ -104,10 +104,10 @@ pub const LAYOUT_HASH: u64 = {
 };
 
 const _: () = {
-    assert!(PROGRESS_OFFSET % 128 == 0 && DOORBELL_OFFSET % 128 == 0);
-    assert!(DIRECT_OFFSET % 128 == 0 && RING_OFFSET % 128 == 0);
+    assert!(PROGRESS_OFFSET.is_multiple_of(128) && DOORBELL_OFFSET.is_multiple_of(128));
+    assert!(DIRECT_OFFSET.is_multiple_of(128) && RING_OFFSET.is_multiple_of(128));
     assert!(RING_OFFSET == DIRECT_OFFSET + 128);
-    assert!(SCRATCH_BYTES % PAGE_BYTES == 0);
+    assert!(SCRATCH_BYTES.is_multiple_of(PAGE_BYTES));
 };
 
 #[cfg(test)]

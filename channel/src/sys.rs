@@ -311,7 +311,14 @@ pub unsafe fn copy_own_memory(target: u64, source: u64, bytes: u64) -> io::Resul
     // SAFETY: both ranges are only addresses for the kernel, which checks every page of them and never faults this process; the caller vouches
     // for what is overwritten.
     let moved = unsafe {
-        libc::process_vm_readv(std::process::id().cast_signed(), &raw const target, 1, &raw const source, 1, 0)
+        libc::process_vm_readv(
+            std::process::id().cast_signed(),
+            &raw const target,
+            1,
+            &raw const source,
+            1,
+            0,
+        )
     };
     match u64::try_from(moved) {
         Ok(moved) if moved == bytes => Ok(()),

@@ -289,11 +289,10 @@ pub fn wait_request(
             None
         }
     };
-    if spin.spin(|| direct.has_request() || ring.has_request(), || true) {
-        if let Some(which) = found() {
+    if spin.spin(|| direct.has_request() || ring.has_request(), || true)
+        && let Some(which) = found() {
             return which;
         }
-    }
     park_for_request(direct, ring, found, spin, bell, progress)
 }
 

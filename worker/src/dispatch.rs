@@ -76,7 +76,9 @@ impl Callable {
         let shape = match (registers_do, floats, float_result) {
             // SAFETY: only the pointer's type changes; all function pointers have one size. What calling it through this type means is
             // argued at the call.
-            (true, 0, false) => Shape::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) }),
+            (true, 0, false) => {
+                Shape::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) })
+            }
             // SAFETY: as above.
             (true, _, false) => {
                 Shape::Mixed(unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) }, integers)
@@ -136,14 +138,44 @@ impl Callable {
                 let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
                 // SAFETY: as above, with eight vector registers; an f32 lies in the low half of its word as in its register.
                 unsafe {
-                    function(i(0), i(1), i(2), i(3), i(4), i(5), f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+                    function(
+                        i(0),
+                        i(1),
+                        i(2),
+                        i(3),
+                        i(4),
+                        i(5),
+                        f(0),
+                        f(1),
+                        f(2),
+                        f(3),
+                        f(4),
+                        f(5),
+                        f(6),
+                        f(7),
+                    )
                 }
             }
             Shape::MixedFloat(function, first) => {
                 let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
                 // SAFETY: as above; the result is in xmm0, an f32 in its low half.
                 unsafe {
-                    function(i(0), i(1), i(2), i(3), i(4), i(5), f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7))
+                    function(
+                        i(0),
+                        i(1),
+                        i(2),
+                        i(3),
+                        i(4),
+                        i(5),
+                        f(0),
+                        f(1),
+                        f(2),
+                        f(3),
+                        f(4),
+                        f(5),
+                        f(6),
+                        f(7),
+                    )
                 }
                 .to_bits()
             }
@@ -219,7 +251,8 @@ fn spilled(slot: &Slot, index: usize) -> u64 {
 
 /// Copies the string at `source` to `target`, at most `capacity` bytes, without its NUL. Gives its length.
 fn copy_string(source: u64, target: u64, capacity: u64) -> u64 {
-    let (Ok(source), Ok(target), Ok(room)) = (usize::try_from(source), usize::try_from(target), usize::try_from(capacity))
+    let (Ok(source), Ok(target), Ok(room)) =
+        (usize::try_from(source), usize::try_from(target), usize::try_from(capacity))
     else {
         return STRING_LONGER;
     };
@@ -260,7 +293,17 @@ mod tests {
         f64::from(a) + f64::from(x) * 10.0 + b as f64 * 100.0 + y * 1000.0
     }
 
-    extern "C" fn last_of_nine(_: i64, _: i64, _: i64, _: i64, _: i64, _: i64, _: i64, _: i64, last: i16) -> i16 {
+    extern "C" fn last_of_nine(
+        _: i64,
+        _: i64,
+        _: i64,
+        _: i64,
+        _: i64,
+        _: i64,
+        _: i64,
+        _: i64,
+        last: i16,
+    ) -> i16 {
         last
     }
 
@@ -286,8 +329,12 @@ mod tests {
     fn arguments_on_the_stack_go_through_libffi() {
         let mut args = vec![Type::I64; 8];
         args.push(Type::I16);
-        let callable =
-            Callable::new(foreign(last_of_nine as *const () as usize), &Signature::new(args, Type::I16), false).unwrap();
+        let callable = Callable::new(
+            foreign(last_of_nine as *const () as usize),
+            &Signature::new(args, Type::I16),
+            false,
+        )
+        .unwrap();
         let slot = Slot::default();
         slot.set_word(8, 0xffff_ffff_ffff_fffe);
         callable.invoke(&slot);

@@ -51,7 +51,13 @@ mod tests {
     fn only_exact_arguments_make_a_worker() {
         let host = |arguments: &[&str]| host_of_worker_arguments(arguments.iter().map(|a| a.as_bytes()));
         assert_eq!(host(&["--hotcell-worker", "12"]), Some(12));
-        for other in [&[][..], &["12"], &["--hotcell-worker"], &["--hotcell-worker", "x"], &["--hotcell-worker", "1", "2"]] {
+        for other in [
+            &[][..],
+            &["12"],
+            &["--hotcell-worker"],
+            &["--hotcell-worker", "x"],
+            &["--hotcell-worker", "1", "2"],
+        ] {
             assert_eq!(host(other), None, "{other:?}");
         }
     }

@@ -61,7 +61,8 @@ impl Libraries {
             Ok(found) => *found,
             Err(error) => return Err(failed(FailureKind::MissingSymbol, error.to_string())),
         };
-        let address = address.ok_or_else(|| failed(FailureKind::MissingSymbol, "the symbol's address is null"))?;
+        let address =
+            address.ok_or_else(|| failed(FailureKind::MissingSymbol, "the symbol's address is null"))?;
         Callable::new(address, signature, errno).map_err(|why| failed(FailureKind::BadSignature, why))
     }
 }
@@ -92,7 +93,10 @@ fn inspect(path: &OsStr) -> Result<(), Answer> {
         }
     }
     if length < 4 || header[..4] != *b"\x7fELF" {
-        return Err(failed(FailureKind::NotElf, format!("a file of {length} or more bytes without the ELF magic")));
+        return Err(failed(
+            FailureKind::NotElf,
+            format!("a file of {length} or more bytes without the ELF magic"),
+        ));
     }
     let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
     let (class, kind, machine) = (header[4], half(16), half(18));
@@ -107,7 +111,9 @@ fn inspect(path: &OsStr) -> Result<(), Answer> {
     if length < header.len() || class != 2 || (OURS != 0 && machine != OURS) || kind != SHARED_OBJECT {
         return Err(failed(
             FailureKind::WrongKind,
-            format!("ELF class {class}, type {kind}, machine {machine}, where class 2, type 3, machine {OURS} is needed"),
+            format!(
+                "ELF class {class}, type {kind}, machine {machine}, where class 2, type 3, machine {OURS} is needed"
+            ),
         ));
     }
     Ok(())

@@ -28,7 +28,8 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     let running = AtomicU32::new(u32::MAX);
     crash_handler::set_session(id, &running);
 
-    let mut session = Session { region, libraries: Libraries::default(), functions: Vec::new(), blocks: Blocks::default() };
+    let mut session =
+        Session { region, libraries: Libraries::default(), functions: Vec::new(), blocks: Blocks::default() };
     let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
     let slots = region.geometry().slots;
     let spin = Spin::new(policy);

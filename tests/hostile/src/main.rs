@@ -1,2 +1,2 @@
 //! A worker that lies.
-fn main(){}
+fn main() {}
