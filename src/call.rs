@@ -775,7 +775,7 @@ macro_rules! arities {
             /// # Errors
             /// See [`CallError`], which says whether the function may have run and whether the session can be used again.
             #[inline]
-            #[allow(clippy::too_many_arguments)]
+            #[allow(clippy::too_many_arguments, clippy::extra_unused_lifetimes)]
             pub fn call<'a>(&self, $($p: $P::Value<'a>),*) -> Result<R::Output, CallError> {
                 self.call_tuple(($($p,)*))
             }

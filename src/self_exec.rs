@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 static INITIALISED: AtomicBool = AtomicBool::new(false);
 
+// An entry of .init_array must be a function pointer of this type.
 #[used]
-// SAFETY: an entry of .init_array must be a function pointer of this type; see the module's law.
 #[unsafe(link_section = ".init_array.00101")]
 static INITIALISER: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = initialise;
 
@@ -28,10 +28,12 @@ extern "C" fn initialise(argc: c_int, argv: *const *const c_char, _envp: *const 
         return;
     }
     let arguments = [1, 2].map(|at| {
-        // SAFETY: argv has argc pointers and a null behind them (System V ABI).
-        let argument = unsafe { *argv.add(at) };
-        // SAFETY: each points to a NUL-terminated string that lives as long as the process; a null (which the ABI excludes) is caught.
-        if argument.is_null() { c"" } else { unsafe { CStr::from_ptr(argument) } }
+        // SAFETY: argv has argc (3) pointers and a null behind them (System V ABI).
+        let argument = unsafe { argv.add(at) };
+        // SAFETY: as above.
+        let argument = unsafe { *argument };
+        // SAFETY: each of the argc pointers is to a NUL-terminated string that lives as long as the process.
+        unsafe { CStr::from_ptr(argument) }
     });
     let Some(host) = hotcell_worker::host_of_worker_arguments(arguments.iter().map(|a| a.to_bytes())) else {
         return;
@@ -72,8 +74,10 @@ fn is_in_main_program() -> bool {
         _size: usize,
         data: *mut c_void,
     ) -> c_int {
-        // SAFETY: dl_iterate_phdr passes a valid info and hands `data` through, which is the Search below.
-        let (info, search) = unsafe { (&*info, &mut *data.cast::<Search>()) };
+        // SAFETY: dl_iterate_phdr passes a valid info.
+        let info = unsafe { &*info };
+        // SAFETY: dl_iterate_phdr hands `data` through, which is the Search below, and nobody else has it meanwhile.
+        let search = unsafe { &mut *data.cast::<Search>() };
         // SAFETY: the object has `dlpi_phnum` program headers at `dlpi_phdr`.
         let headers = unsafe { std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
         let base = usize::try_from(info.dlpi_addr).unwrap_or(0);

@@ -378,7 +378,7 @@ impl RemotePtr {
     }
 
     /// The pointer `bytes` bytes further on.
-    pub fn add(self, bytes: u64) -> Self {
+    pub fn offset(self, bytes: u64) -> Self {
         Self { address: self.address.wrapping_add(bytes), ..self }
     }
 }

@@ -125,7 +125,9 @@ pub fn wait_pidfd(pidfd: BorrowedFd<'_>) -> Option<(WaitStatus, Usage)> {
         };
         if done == 0 {
             // SAFETY: waitid filled `info` in its SIGCHLD form, or left it zero, for which the accessor reads zeroes.
-            let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+            let pid = unsafe { info.si_pid() };
+            // SAFETY: as above.
+            let status = unsafe { info.si_status() };
             if pid == 0 {
                 return None;
             }

@@ -290,9 +290,10 @@ pub fn wait_request(
         }
     };
     if spin.spin(|| direct.has_request() || ring.has_request(), || true)
-        && let Some(which) = found() {
-            return which;
-        }
+        && let Some(which) = found()
+    {
+        return which;
+    }
     park_for_request(direct, ring, found, spin, bell, progress)
 }
 

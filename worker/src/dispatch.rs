@@ -73,21 +73,21 @@ impl Callable {
             && integers <= INTEGER_REGISTERS
             && floats <= FLOAT_REGISTERS;
         let float_result = matches!(signature.returns, Type::F32 | Type::F64);
-        let shape = match (registers_do, floats, float_result) {
+        let shape = if !registers_do {
+            Shape::Prepared(Box::new(Prepared::new(function, signature)?))
+        } else if float_result {
             // SAFETY: only the pointer's type changes; all function pointers have one size. What calling it through this type means is
             // argued at the call.
-            (true, 0, false) => {
-                Shape::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) })
-            }
+            let function = unsafe { std::mem::transmute::<Foreign, Mixed<f64>>(function) };
+            Shape::MixedFloat(function, integers)
+        } else if floats > 0 {
             // SAFETY: as above.
-            (true, _, false) => {
-                Shape::Mixed(unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) }, integers)
-            }
+            let function = unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) };
+            Shape::Mixed(function, integers)
+        } else {
             // SAFETY: as above.
-            (true, _, true) => {
-                Shape::MixedFloat(unsafe { std::mem::transmute::<Foreign, Mixed<f64>>(function) }, integers)
-            }
-            (false, ..) => Shape::Prepared(Box::new(Prepared::new(function, signature)?)),
+            let function = unsafe { std::mem::transmute::<Foreign, Integers>(function) };
+            Shape::Integers(function)
         };
         let string = signature.returns == Type::CString;
         let words = signature.args.len() + if string { 2 } else { 0 };
@@ -276,13 +276,17 @@ fn copy_string(source: u64, target: u64, capacity: u64) -> u64 {
 }
 
 fn set_errno(value: i32) {
-    // SAFETY: the thread's own errno, always a valid address.
-    unsafe { *libc::__errno_location() = value }
+    // SAFETY: takes nothing, gives the address of the thread's own errno.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: that address is always valid.
+    unsafe { *errno = value }
 }
 
 fn get_errno() -> i32 {
-    // SAFETY: as above.
-    unsafe { *libc::__errno_location() }
+    // SAFETY: as in `set_errno`.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: as in `set_errno`.
+    unsafe { *errno }
 }
 
 #[cfg(test)]
@@ -317,7 +321,7 @@ mod tests {
         let signature = Signature::new([Type::I8, Type::F32, Type::U64, Type::F64], Type::F64);
         let callable = Callable::new(foreign(weigh as *const () as usize), &signature, false).unwrap();
         let slot = Slot::default();
-        let words = [u64::from((-1i64).cast_unsigned()), 2, u64::from(2.0f32.to_bits()), 3.0f64.to_bits()];
+        let words = [(-1i64).cast_unsigned(), 2, u64::from(2.0f32.to_bits()), 3.0f64.to_bits()];
         for (i, word) in words.into_iter().enumerate() {
             slot.set_word(i, word);
         }
@@ -338,6 +342,6 @@ mod tests {
         let slot = Slot::default();
         slot.set_word(8, 0xffff_ffff_ffff_fffe);
         callable.invoke(&slot);
-        assert_eq!(slot.word(0) as i16, -2);
+        assert_eq!(slot.word(0) & 0xffff, 0xfffe);
     }
 }

@@ -16,7 +16,7 @@ pub(crate) struct Blocks {
 }
 
 /// Strings are looked at in steps that never cross a page: one readable byte makes the rest of its page readable.
-const PAGE: u64 = 4096;
+const PAGE: usize = 4096;
 
 impl Blocks {
     pub(crate) fn allocate(&mut self, bytes: u64) -> (u64, u64) {
@@ -56,10 +56,10 @@ impl Blocks {
     /// Copies a NUL-terminated string without its NUL, at most `capacity` bytes. Gives its length, or with `TOO_LONG` what was copied.
     pub(crate) fn copy_string(&self, target: u64, source: u64, capacity: u64) -> (u64, u64) {
         let mut done = 0;
-        let mut step = [0u8; PAGE as usize];
+        let mut step = [0u8; PAGE];
         loop {
             let Some(at) = source.checked_add(done) else { return (FAULT, done) };
-            let bytes = PAGE - at % PAGE;
+            let bytes = PAGE as u64 - at % PAGE as u64;
             let buffer = step.as_mut_ptr().expose_provenance() as u64;
             if self.copy(buffer, at, bytes) != OK {
                 return (FAULT, done);
