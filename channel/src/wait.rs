@@ -14,8 +14,13 @@
 use crate::slot::{Doorbell, Progress, Slot, Turn};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::AtomicU32 as StdAtomicU32;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
+
+#[cfg(loom)]
+use loom::sync::atomic::fence;
+#[cfg(not(loom))]
+use std::sync::atomic::fence;
 
 #[cfg(loom)]
 use self::model::{futex_wait, futex_wake};
@@ -28,8 +33,8 @@ pub const SLICE: Duration = Duration::from_millis(50);
 pub const SPIN_MAX: Duration = Duration::from_micros(25);
 const SPIN_NS_MAX: u32 = 25_000;
 const SPIN_NS_MIN: u32 = 500;
-/// Looks between two looks at the clock.
-const LOOKS: u32 = 64;
+/// Looks between two looks at the clock. The model check explores every order of them, so there it makes do with one.
+const LOOKS: u32 = if cfg!(loom) { 1 } else { 64 };
 
 /// How a side waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -53,7 +58,8 @@ pub struct Spin {
 impl Spin {
     /// Starts with the full budget.
     pub fn new(policy: Policy) -> Self {
-        let start = if policy == Policy::Park { 0 } else { SPIN_NS_MAX };
+        // Under the model check no time passes: one look, then sleep.
+        let start = if policy == Policy::Park || cfg!(loom) { 0 } else { SPIN_NS_MAX };
         Self { policy, budget_ns: StdAtomicU32::new(start) }
     }
 
@@ -199,11 +205,12 @@ fn wait_reply_slow(
         if left.is_zero() {
             break Waited::TimedOut;
         }
-        // Announce, then look at the facts, then sleep. The monitor does it the other way round: it writes the
-        // facts, then closes the slot and wakes whoever has announced. One of the two sees the other: both the announcement and the
-        // close are read-modify-writes of the same word, so one comes first. If the close does, `arm_reply` fails; if the
-        // announcement does, the close sees PARKED's value and the wake follows.
+        // Announce, then look at the facts, then sleep. The monitor does it the other way round: it writes the facts, then looks at the slot,
+        // closes it if a request is pending, and wakes whoever has announced. Each writes one place and then reads the other's, so both
+        // need a sequentially consistent fence in between, or both could miss: SYNC death. (The close of a slot that was still idle is only a
+        // load; without the fences the model check finds the sleeper that nobody wakes.)
         let Some(armed) = slot.arm_reply() else { continue };
+        fence(SeqCst); // SYNC death
         if !alive() {
             // Dead, and the monitor has not yet come to this slot, or found it idle before we published.
             if slot.turn() != Turn::Reply {
@@ -237,8 +244,9 @@ fn wake_worker(bell: &Doorbell) {
     futex_wake(bell.futex(), 1);
 }
 
-/// Host: closes a slot whose worker is dead, and wakes its caller.
+/// Host: closes a slot whose worker is dead, and wakes its caller. What `alive` reads must say so already.
 pub fn close(slot: &Slot) {
+    fence(SeqCst); // SYNC death
     if slot.close() {
         futex_wake(slot.futex(), i32::MAX);
     }
@@ -330,7 +338,7 @@ fn park_for_request(
 /// compare-before-sleep under one lock. Timeouts never fire: the model has to be right without them.
 #[cfg(loom)]
 pub(crate) mod model {
-    use loom::sync::atomic::{AtomicU32, Ordering::SeqCst};
+    use loom::sync::atomic::{AtomicU32, Ordering::Acquire};
     use loom::sync::{Condvar, Mutex};
     use std::time::Duration;
 
@@ -341,7 +349,7 @@ pub(crate) mod model {
     pub(crate) fn futex_wait(word: &AtomicU32, expected: u32, _timeout: Option<Duration>) {
         let (lock, bell) = &*KERNEL;
         let guard = lock.lock().unwrap();
-        if word.load(SeqCst) == expected {
+        if word.load(Acquire) == expected {
             drop(bell.wait(guard).unwrap());
         }
     }
