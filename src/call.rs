@@ -702,6 +702,9 @@ impl<F: FunctionType> Ticket<'_, F> {
             return Err(CallError::Closed);
         };
         let function = &self.function;
+        if !detached.is_ours(&function.session) {
+            return Err(CallError::Forked);
+        }
         let mut frame = detached.attach(&function.session);
         frame.wait(function.timeout, || FunctionName::clone(&function.name))?;
         F::finish(values, self.words, self.string, &frame, &function.name)

@@ -163,8 +163,7 @@ impl Drop for SessionOwner {
     fn drop(&mut self) {
         // With the last handle to the worker the process goes, and its sessions with it.
         if Arc::strong_count(&self.worker) > 1 {
-            // A session that cannot be closed politely (it hangs, its worker is dead) has been dealt with by the call itself.
-            let _ = self.inner.close();
+            self.inner.close_politely();
         }
         self.inner.worker.forget_session(self.inner.id);
     }
@@ -881,6 +880,16 @@ impl SessionInner {
         (FUNCTIONS_BASE..FUNCTIONS_MAX).contains(&index)
     }
 
+    /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
+    /// the worker is left alone: nobody asked for anything of it.
+    fn close_politely(&self) {
+        let Ok(mut frame) = self.claim(|| self.own_name("close")) else { return };
+        frame.publish(fixed::CLOSE, OWN_LABEL);
+        let replied = frame.wait_at_most(self.worker.grace()) == Waited::Replied;
+        frame.stage = if replied { Stage::Replied } else { Stage::Lost };
+        let _ = self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed);
+    }
+
     fn close(&self) -> Result<(), CallError> {
         let mut frame = self.claim(|| self.own_name("close"))?;
         let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
@@ -1084,20 +1093,25 @@ impl<'s> Frame<'s> {
         timeout: Duration,
         function: impl FnOnce() -> FunctionName,
     ) -> Result<(), CallError> {
+        let waited = self.wait_at_most(timeout);
+        if waited == Waited::Replied {
+            self.stage = Stage::Replied;
+            return Ok(());
+        }
+        Err(self.lost(waited, timeout, function()))
+    }
+
+    #[inline(always)]
+    fn wait_at_most(&self, timeout: Duration) -> Waited {
         let session = self.session;
-        let waited = wait::wait_reply(
+        wait::wait_reply(
             self.slot,
             &session.spin,
             session.region.bell(),
             session.region.progress(),
             timeout,
             || matches!(session.status.load(SeqCst), OPEN | ABANDONED),
-        );
-        if waited == Waited::Replied {
-            self.stage = Stage::Replied;
-            return Ok(());
-        }
-        Err(self.lost(waited, timeout, function()))
+        )
     }
 
     #[cold]
@@ -1196,6 +1210,11 @@ impl Detached {
         frame.stage = Stage::Published;
         frame.block = self.block;
         frame
+    }
+
+    /// Whether this process is the one that published it.
+    pub(crate) fn is_ours(&self, session: &SessionInner) -> bool {
+        session.original.load(Relaxed) == 1
     }
 
     pub(crate) fn is_over(&self, session: &SessionInner) -> bool {

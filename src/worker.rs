@@ -442,6 +442,10 @@ impl WorkerInner {
         }
     }
 
+    pub(crate) fn grace(&self) -> Duration {
+        self.grace
+    }
+
     pub(crate) fn is_dead(&self) -> bool {
         self.death.get().is_some()
     }

@@ -34,7 +34,8 @@ fn serve(shared: &Shared, policy: Policy, count: u32) {
     let spin = Spin::new(policy);
     let mut prefer = Which::Ring;
     for _ in 0..count {
-        let which = wait::wait_request(&shared.direct, &shared.ring, prefer, &spin, &shared.bell, &shared.progress);
+        let which =
+            wait::wait_request(&shared.direct, &shared.ring, prefer, &spin, &shared.bell, &shared.progress);
         let slot = match which {
             Which::Direct => &shared.direct,
             Which::Ring => &shared.ring,

@@ -102,7 +102,8 @@ impl Drop for Folder {
 }
 
 fn compile(source: &Path, library: &Path) -> Result<()> {
-    let status = Command::new("cc").args(["-shared", "-fPIC", "-O2", "-o"]).arg(library).arg(source).status()?;
+    let status =
+        Command::new("cc").args(["-shared", "-fPIC", "-O2", "-o"]).arg(library).arg(source).status()?;
     if status.success() { Ok(()) } else { Err(format!("cc: {status}").into()) }
 }
 
