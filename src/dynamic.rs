@@ -380,7 +380,23 @@ impl DynFunction {
         Ok(args.with(|args| self.call_args(index, args, errno))?)
     }
 
+    #[inline(always)]
     fn call_args<T>(
+        &self,
+        index: u32,
+        args: &mut [Arg<'_>],
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
+        // The words are gathered on the stack; clearing room for the longest signature would cost a short one more than all the rest.
+        if args.len() + 2 <= WORDS_MAX {
+            self.call_sized::<WORDS_MAX, T>(index, args, more)
+        } else {
+            self.call_sized::<{ ARGS_MAX + 2 }, T>(index, args, more)
+        }
+    }
+
+    #[inline]
+    fn call_sized<const WORDS: usize, T>(
         &self,
         index: u32,
         args: &mut [Arg<'_>],
@@ -400,7 +416,7 @@ impl DynFunction {
         }
         // Everything that can be wrong with the arguments is found before a slot is claimed.
         let mut need = Need::default();
-        let mut words = [0u64; ARGS_MAX + 2];
+        let mut words = [0u64; WORDS];
         for (at, ((arg, t), place)) in args.iter().zip(&signature.args).zip(places).enumerate() {
             match check(arg, *t, &mut need) {
                 Some(word) => words[usize::from(*place)] = word,
