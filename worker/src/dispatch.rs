@@ -68,7 +68,11 @@ impl Callable {
             return Err(format!("argument {at} is void"));
         }
         let (integers, floats) = signature.class_counts();
+        let string = signature.returns == Type::CString;
+        let words = signature.args.len() + if string { 2 } else { 0 };
+        // The fixed shapes read the slot. With all fourteen registers in use, the words of a returned string do not fit it any more.
         let registers_do = cfg!(target_arch = "x86_64")
+            && words <= WORDS_MAX
             && signature.variadic_after.is_none()
             && integers <= INTEGER_REGISTERS
             && floats <= FLOAT_REGISTERS;
@@ -89,8 +93,6 @@ impl Callable {
             let function = unsafe { std::mem::transmute::<Foreign, Integers>(function) };
             Shape::Integers(function)
         };
-        let string = signature.returns == Type::CString;
-        let words = signature.args.len() + if string { 2 } else { 0 };
         Ok(Self { shape, plain: !errno && !string, errno, string, words })
     }
 
