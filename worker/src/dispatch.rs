@@ -65,7 +65,7 @@ impl Callable {
             return Err(format!("{} arguments where at most {ARGS_MAX} are possible", signature.args.len()));
         }
         if let Some(at) = signature.args.iter().position(|t| *t == Type::Void) {
-            return Err(format!("argument {at} is void"));
+            return Err(format!("argument {} is void", at + 1));
         }
         let (integers, floats) = signature.class_counts();
         let string = signature.returns == Type::CString;
