@@ -11,7 +11,7 @@
 //! the shape is loads and a call. Everything else (stack arguments, variadic functions, other machines) goes through libffi.
 
 use hotcell_channel::session::{STRING_LONGER, STRING_NULL};
-use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
+use hotcell_channel::signature::{ARGS_MAX, Class, Signature, Type};
 use hotcell_channel::slot::{Slot, WORDS_MAX};
 use libffi::middle::{self, Cif};
 use std::ffi::c_void;
@@ -188,7 +188,12 @@ impl Callable {
 
 impl Prepared {
     fn new(function: Foreign, signature: &Signature) -> Result<Self, String> {
-        let args = signature.args.iter().map(|t| ffi_type(*t));
+        // Words are extended to 64 bits already, and are passed whole: libffi copies a narrow argument to the stack by its size and leaves what was
+        // there above it, where a caller compiled from C extends it to 32 bits.
+        let args = signature.args.iter().map(|t| match t.class() {
+            Some(Class::Integer) => middle::Type::u64(),
+            _ => ffi_type(*t),
+        });
         let result = ffi_type(signature.returns);
         let cif = match signature.variadic_after {
             Some(fixed) => Cif::try_new_variadic(args, usize::from(fixed), result),
@@ -206,7 +211,7 @@ impl Prepared {
         }
         let mut arguments = [std::ptr::null_mut::<c_void>(); ARGS_MAX];
         for (argument, word) in arguments.iter_mut().zip(&self.words) {
-            // Little-endian: a narrower argument is the first bytes of its word.
+            // Little-endian: an f32 is the first bytes of its word.
             *argument = (&raw mut values[usize::from(*word)]).cast();
         }
         let mut result = 0u64;
