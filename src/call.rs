@@ -465,14 +465,19 @@ pub(crate) fn decode_string(
     target: u64,
     name: &FunctionName,
 ) -> Result<Option<CString>, CallError> {
+    let session = frame.session();
+    let max = session.options.longest_string();
     match frame.reply(1) {
         STRING_NULL => Ok(None),
-        STRING_LONGER => {
-            let session = frame.session();
-            let max = session.options.longest_string();
-            session.read_string(frame.reply(0), max, || name.clone()).map(Some)
+        STRING_LONGER => session.read_string(frame.reply(0), max, || name.clone()).map(Some),
+        length => {
+            let string = frame.string(target, length, STRING_ROOM as u64, || name.clone())?;
+            // The limit may be smaller than the room.
+            if length > max {
+                return Err(CallError::StringTooLong { function: name.clone(), max });
+            }
+            Ok(Some(string))
         }
-        length => frame.string(target, length, STRING_ROOM as u64, || name.clone()).map(Some),
     }
 }
 
