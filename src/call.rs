@@ -469,7 +469,16 @@ pub(crate) fn decode_string(
     let max = session.options.longest_string();
     match frame.reply(1) {
         STRING_NULL => Ok(None),
-        STRING_LONGER => session.read_string(frame.reply(0), max, || name.clone()).map(Some),
+        STRING_LONGER => {
+            session.read_string(frame.reply(0), max, || name.clone()).map(Some).map_err(|error| match error {
+                // The second round did not run; the function did.
+                CallError::Crashed(_) | CallError::Disposed(_) => {
+                    session.death_error(Some(name.clone()), true)
+                }
+                error if error.may_have_run() => error,
+                error => CallError::StringLost { function: name.clone(), source: Box::new(error) },
+            })
+        }
         length => {
             let string = frame.string(target, length, STRING_ROOM as u64, || name.clone())?;
             // The limit may be smaller than the room.

@@ -340,6 +340,15 @@ pub enum CallError {
         /// The limit.
         max: u64,
     },
+    /// The function returned a string of 1024 bytes or more, which is fetched after the call, and that failed.
+    #[error("{function} returned, but its long string could not be fetched")]
+    StringLost {
+        /// The function.
+        function: FunctionName,
+        /// Why not.
+        #[source]
+        source: Box<CallError>,
+    },
     /// Worker memory is not accessible at this address. The worker is unharmed.
     #[error("{bytes} bytes at {address:#x} in the worker are not accessible")]
     BadAddress {
@@ -373,9 +382,10 @@ impl CallError {
     pub fn may_have_run(&self) -> bool {
         match self {
             CallError::Crashed(report) | CallError::Disposed(report) => report.involvement().may_have_run(),
-            CallError::TimedOut { .. } | CallError::NullString { .. } | CallError::StringTooLong { .. } => {
-                true
-            }
+            CallError::TimedOut { .. }
+            | CallError::NullString { .. }
+            | CallError::StringTooLong { .. }
+            | CallError::StringLost { .. } => true,
             _ => false,
         }
     }
@@ -384,6 +394,7 @@ impl CallError {
     pub fn session_usable(&self) -> bool {
         match self {
             CallError::TimedOut { worker_killed, .. } => !worker_killed,
+            CallError::StringLost { source, .. } => source.session_usable(),
             CallError::Crashed(_) | CallError::Disposed(_) | CallError::Closed | CallError::Forked => false,
             _ => true,
         }

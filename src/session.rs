@@ -740,7 +740,7 @@ impl SessionInner {
 
     /// The error of a call whose worker is dead. `taken`: whether the worker had taken it.
     #[cold]
-    fn death_error(&self, function: Option<FunctionName>, taken: bool) -> CallError {
+    pub(crate) fn death_error(&self, function: Option<FunctionName>, taken: bool) -> CallError {
         // The death is known before the status says so; a breach is followed by a kill whose report is on its way.
         if self.worker.death().is_none() {
             self.worker.wait_gone();
