@@ -288,6 +288,26 @@ fn a_returned_string_that_is_none_crashes_like_any_use_of_it() {
     assert_says(&error, &["wild_text"]);
 }
 
+#[test]
+fn a_long_string_that_cannot_be_fetched_says_that_the_function_ran() {
+    let _dog = common::watchdog(120);
+    // It takes a second request, and a slot for it. The error for want of one once was that of a call that had not run.
+    let module = module_with(SessionBuilder::new().slots(2).timeout(Duration::from_secs(1)));
+    let add = module.function::<fn(i32, i32) -> i32>("add").unwrap();
+    let text = module.function::<fn(usize) -> CString>("text_of").unwrap();
+    let by_name = module.prototype("const char *text_of(size_t)").unwrap();
+    let held = add.submit(1, 2).unwrap();
+    for error in [text.call(5000).unwrap_err(), by_name.call([5000]).unwrap_err()] {
+        assert!(
+            matches!(&error, CallError::StringLost { source, .. } if matches!(**source, CallError::Full { .. }))
+        );
+        assert!(error.may_have_run() && error.session_usable());
+        assert_says(&error, &["text_of", module.name(), "string"]);
+    }
+    assert_eq!(held.wait().unwrap(), 3);
+    assert!(text.call(5000).unwrap() == text_of(5000));
+}
+
 // Bytes.
 
 #[test]
