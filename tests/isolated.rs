@@ -584,6 +584,27 @@ fn dropping_without_shutdown_leaves_no_process() {
 }
 
 #[test]
+fn a_worker_that_is_disposed_by_its_own_handle_is_no_crash_and_can_be_restarted() {
+    let _watchdog = watchdog();
+    let cell = start();
+    let deaths = cell.receiver(&[Event::Death]);
+    let output = cell.receiver(&[Event::Stdout]);
+    let worker = cell.session().unwrap().worker();
+    std::thread::scope(|scope| {
+        let hanging = scope.spawn(|| cell.call("say_and_hang", ()));
+        output.recv().unwrap();
+        worker.dispose();
+        worker.dispose();
+        assert!(matches!(hanging.join().unwrap(), Err(CallError::Disposed(_))));
+    });
+    assert!(!cell.is_alive() && !exists(worker.pid()));
+    assert!(matches!(cell.call("add", (2, 3)), Err(CallError::Disposed(_))));
+    cell.restart().unwrap();
+    assert_eq!(add(&cell), 5);
+    assert!(deaths.is_empty());
+}
+
+#[test]
 fn restarts_under_load_give_results_or_clear_errors() {
     let _watchdog = watchdog();
     let cell = start();
