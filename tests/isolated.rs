@@ -202,7 +202,7 @@ fn functions_are_called_by_their_declared_names() {
     assert_eq!(cell.function("add").unwrap().call((4, 5)).unwrap(), Value::Signed(9));
 }
 
-/// The seed's worker looked functions up by the key and ignored `symbol`.
+/// BunNativeKit's worker looked functions up by the key and ignored `symbol`.
 #[test]
 fn a_renamed_symbol_is_called_by_its_new_name() {
     let _watchdog = watchdog();
@@ -218,7 +218,7 @@ fn symbols_may_be_c_prototypes() {
     assert_eq!(add(&cell), 5);
 }
 
-/// The seed turned type names that it did not know into `void`.
+/// BunNativeKit turned type names that it did not know into `void`.
 #[test]
 fn an_unknown_type_is_refused_before_anything_is_started() {
     let _watchdog = watchdog();
@@ -322,7 +322,7 @@ fn a_restart_loads_the_module_anew_in_another_process() {
     assert_eq!(*cell.last_report().unwrap().cause(), Cause::Disposed);
 }
 
-/// The seed's `restart()` was `shutdown()` and `start()`. The SIGKILL timer of the shutdown looked at "the process" when it fired a second later, and
+/// BunNativeKit's `restart()` was `shutdown()` and `start()`. The SIGKILL timer of the shutdown looked at "the process" when it fired a second later, and
 /// killed the new one; and when the old one exited, its handler took the new one's handle away and failed its calls.
 #[test]
 fn a_restarted_process_outlives_the_timer_and_the_exit_of_the_old_one() {
@@ -368,7 +368,7 @@ fn a_restart_right_after_a_crash_is_not_hit_by_the_old_exit() {
     assert_eq!(told, expected);
 }
 
-/// The seed's `shutdown()` forgot the process before its SIGKILL timer fired, so a hung worker was left behind for ever.
+/// BunNativeKit's `shutdown()` forgot the process before its SIGKILL timer fired, so a hung worker was left behind for ever.
 #[test]
 fn shutdown_kills_a_process_that_hangs_and_ignores_sigterm() {
     let _watchdog = watchdog();
@@ -388,7 +388,7 @@ fn shutdown_kills_a_process_that_hangs_and_ignores_sigterm() {
     assert_eq!(*cell.last_report().unwrap().cause(), Cause::Disposed);
 }
 
-/// The seed reported `ready` after a load that had failed, and the first call said "No module loaded".
+/// BunNativeKit reported `ready` after a load that had failed, and the first call said "No module loaded".
 #[test]
 fn a_failed_load_is_an_error_of_the_start_and_never_ready() {
     let _watchdog = watchdog();
@@ -421,7 +421,7 @@ fn a_failed_load_is_an_error_of_the_start_and_never_ready() {
     }
 }
 
-/// The seed's `start()` had no deadline, and did not notice that the worker had gone.
+/// BunNativeKit's `start()` had no deadline, and did not notice that the worker had gone.
 #[test]
 fn a_module_that_hangs_on_load_fails_the_start_and_is_killed() {
     let _watchdog = watchdog();
@@ -438,7 +438,7 @@ fn a_module_that_hangs_on_load_fails_the_start_and_is_killed() {
     assert!(!exists(report.pid()));
 }
 
-/// A timeout of the seed dropped the call and left the worker stuck in it: every later call queued behind it and timed out too.
+/// A timeout of BunNativeKit dropped the call and left the worker stuck in it: every later call queued behind it and timed out too.
 #[test]
 fn a_timeout_kills_the_worker_and_a_restart_serves_again() {
     let _watchdog = watchdog();
@@ -752,7 +752,7 @@ fn death_is_told_with_its_report_and_then_exit() {
     at(|data| matches!(data, EventData::Exit(Exit::Error(_))));
 }
 
-/// The seed took an exit with code 0 for a clean end, even when native code had called `exit` in the middle of a call.
+/// BunNativeKit took an exit with code 0 for a clean end, even when native code had called `exit` in the middle of a call.
 #[test]
 fn an_exit_with_code_zero_is_a_death() {
     let _watchdog = watchdog();
