@@ -306,6 +306,13 @@ pub enum CallError {
     /// The module has no function declared by this name.
     #[error("no function {0} is declared")]
     Undeclared(FunctionName),
+    /// An [`IsolatedProcess`](crate::IsolatedProcess) has no process now: it was not launched yet, was shut down, could not be restarted, or is being
+    /// restarted by somebody else at this moment.
+    #[error("no process is running that could call {function}: launch or restart it")]
+    NotRunning {
+        /// The function.
+        function: FunctionName,
+    },
     /// The function takes a callback. Declaring it is possible, calling it is not yet.
     #[error("{function} takes a callback, which is not yet supported")]
     CallbackUnsupported {
@@ -396,6 +403,7 @@ impl CallError {
             CallError::TimedOut { worker_killed, .. } => !worker_killed,
             CallError::StringLost { source, .. } => source.session_usable(),
             CallError::Crashed(_) | CallError::Disposed(_) | CallError::Closed | CallError::Forked => false,
+            CallError::NotRunning { .. } => false,
             _ => true,
         }
     }

@@ -4,6 +4,8 @@ mod call;
 mod crash;
 mod dynamic;
 mod error;
+mod events;
+mod isolated;
 mod module;
 mod monitor;
 #[cfg(feature = "self-exec")]
@@ -20,7 +22,9 @@ pub use call::{
 pub use crash::{Access, Cause, CrashReport, Frame, Involvement, Usage};
 pub use dynamic::{Arg, DynFunction, IntoArgs, Value, out};
 pub use error::{CallError, Error, FunctionName, LoadError, Mismatch, StartError};
+pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
+pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use module::Module;
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{

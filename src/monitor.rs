@@ -77,7 +77,7 @@ pub(crate) struct Runtime {
 }
 
 /// Locks, whether or not a thread has panicked with the lock held: what the locks of this crate guard is consistent at every step.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -109,7 +109,11 @@ pub(crate) fn runtime() -> Result<&'static Runtime, StartError> {
     Ok(runtime)
 }
 
-fn start_thread(name: &'static str, body: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
+/// Starts a thread of the library that lives as long as the process, with all signals blocked.
+pub(crate) fn start_thread(
+    name: &'static str,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<(), StartError> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {

@@ -883,10 +883,7 @@ impl SessionInner {
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
     /// the worker is left alone: nobody asked for anything of it.
     fn close_politely(&self) {
-        let Ok(mut frame) = self.claim(|| self.own_name("close")) else { return };
-        frame.publish(fixed::CLOSE, OWN_LABEL);
-        let replied = frame.wait_at_most(self.worker.grace()) == Waited::Replied;
-        frame.stage = if replied { Stage::Replied } else { Stage::Lost };
+        self.close_within(self.worker.grace());
         let _ = self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed);
     }
 
@@ -896,6 +893,22 @@ impl SessionInner {
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
         if closed.is_ok() && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
+            self.close_slots();
+        }
+        closed
+    }
+
+    /// Closes the session if that takes no longer than `timeout`, calls in flight included. If it takes longer nothing is ended on that account.
+    pub(crate) fn close_within(&self, timeout: Duration) -> bool {
+        // Through the ring: the direct slot may be taken, and is not waited for.
+        let started = Instant::now();
+        let Ok(mut frame) = self.claim_ring(timeout, || self.own_name("close")) else { return false };
+        frame.publish(fixed::CLOSE, OWN_LABEL);
+        let closed = frame.wait_at_most(timeout.saturating_sub(started.elapsed())) == Waited::Replied;
+        frame.stage = if closed { Stage::Replied } else { Stage::Lost };
+        drop(frame);
+        if closed && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
+            // Calls that were behind the close.
             self.close_slots();
         }
         closed

@@ -393,7 +393,16 @@ pub(crate) struct WorkerInner {
     sessions: Mutex<HashMap<u32, Weak<SessionInner>>>,
     stdout_tail: Mutex<VecDeque<u8>>,
     stderr_tail: Mutex<VecDeque<u8>>,
-    listeners: Mutex<Vec<crossbeam_channel::Sender<WorkerEvent>>>,
+    listeners: Mutex<Vec<Listener>>,
+}
+
+/// Told of a worker's events, on the monitor's thread: it must not block, and must not run code of the host's user. Answers whether it wants to hear more.
+struct Listener(Box<dyn FnMut(&WorkerEvent) -> bool + Send>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 impl WorkerInner {
@@ -468,24 +477,29 @@ impl WorkerInner {
 
     fn subscribe(&self) -> crossbeam_channel::Receiver<WorkerEvent> {
         let (sender, receiver) = crossbeam_channel::unbounded();
-        let mut listeners = lock(&self.listeners);
-        // Under the listeners' lock: the monitor tells the death under it, after the death is known.
-        match self.report() {
-            Some(report) => drop(sender.send(WorkerEvent::Ended(report))),
-            None => listeners.push(sender),
-        }
+        self.listen(move |event| {
+            let ended = matches!(event, WorkerEvent::Ended(_));
+            if !ended && sender.len() >= OUTPUT_EVENTS_MAX {
+                return true; // dropped for a receiver that does not keep up
+            }
+            sender.send(event.clone()).is_ok()
+        });
         receiver
     }
 
-    fn tell(&self, event: &WorkerEvent) {
+    /// Has `tell` told of every event from now on, until it answers false or has been told of the end: see [`Listener`]. If the worker has ended, it is told so at once, here.
+    pub(crate) fn listen(&self, mut tell: impl FnMut(&WorkerEvent) -> bool + Send + 'static) {
         let mut listeners = lock(&self.listeners);
-        listeners.retain(|listener| {
-            let ended = matches!(event, WorkerEvent::Ended(_));
-            if !ended && listener.len() >= OUTPUT_EVENTS_MAX {
-                return true; // dropped for a receiver that does not keep up
-            }
-            listener.send(event.clone()).is_ok() && !ended
-        });
+        // Under the listeners' lock: the monitor tells the death under it, after the death is known.
+        match self.report() {
+            Some(report) => drop(tell(&WorkerEvent::Ended(report))),
+            None => listeners.push(Listener(Box::new(tell))),
+        }
+    }
+
+    fn tell(&self, event: &WorkerEvent) {
+        let ended = matches!(event, WorkerEvent::Ended(_));
+        lock(&self.listeners).retain_mut(|listener| (listener.0)(event) && !ended);
     }
 
     /// Waits until `look` finds what it looks for in the inbox, or the worker is dead (`look` sees that too), or the time is up.
