@@ -4,7 +4,7 @@
 mod faults;
 
 use faults::{Cell, build, crashed, dies, eventually, exited, is_dead, is_gone, napping, next_worker_works};
-use faults::{in_child, is_child, mappings, open_descriptors, own_threads, signaled, watchdog};
+use faults::{in_child, is_child, mappings, no_children, open_descriptors, own_threads, signaled, watchdog};
 use hotcell::{
     Access, CallError, Cause, CrashReport, In, Involvement, OnDeadline, SessionBuilder, WaitPolicy, Worker,
     WorkerEvent,
@@ -643,20 +643,14 @@ fn crashes_leave_no_descriptor_thread_or_mapping_behind() {
         });
     };
     round();
-    eventually("the first round's workers are gone", || no_children());
+    eventually("the first round's workers are gone", no_children);
     let (descriptors, threads, before) = (open_descriptors(), own_threads(), mappings());
     for _ in 0..8 {
         round();
     }
-    eventually("the workers are gone", || no_children());
+    eventually("the workers are gone", no_children);
     settled(descriptors, threads);
     // The allocator may map an arena or two for new threads; a leak would be one region for each of the 48 workers.
     let after = mappings();
     assert!(after < before + 24, "{before} mappings became {after}");
-}
-
-fn no_children() -> bool {
-    std::fs::read_dir("/proc/self/task").unwrap().flatten().all(|task| {
-        std::fs::read_to_string(task.path().join("children")).is_ok_and(|children| children.trim().is_empty())
-    })
 }

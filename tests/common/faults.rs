@@ -258,3 +258,10 @@ pub(crate) fn own_threads() -> usize {
 pub(crate) fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
 }
+
+/// Whether this process has no child, a dead one included.
+pub(crate) fn no_children() -> bool {
+    std::fs::read_dir("/proc/self/task").unwrap().flatten().all(|task| {
+        std::fs::read_to_string(task.path().join("children")).is_ok_and(|children| children.trim().is_empty())
+    })
+}
