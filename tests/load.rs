@@ -406,7 +406,7 @@ fn destructor_that_crashes_is_told_by_close() {
 #[test]
 fn destructor_that_hangs_is_ended_by_the_deadline() {
     let _watchdog = watchdog();
-    let worker = Worker::builder().timeout(Duration::from_millis(100)).spawn().unwrap();
+    let worker = Worker::builder().timeout(Duration::from_secs(1)).spawn().unwrap();
     let session = worker.session().unwrap();
     session.load(with_destructor("hangs")).unwrap();
     let error = session.close().unwrap_err();
