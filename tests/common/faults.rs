@@ -43,11 +43,16 @@ fn fixtures() -> PathBuf {
 
 /// Compiles a fixture into a shared library, once for each name in this process.
 pub(crate) fn build(name: &str, source: &str, flags: &[&str]) -> PathBuf {
-    let compiler = if source.ends_with(".cpp") { "c++" } else { "cc" };
-    build_with(compiler, name, source, flags)
+    compile(&format!("lib{name}.so"), source, &[&["-shared", "-fPIC"], flags].concat())
 }
 
-fn build_with(compiler: &str, name: &str, source: &str, flags: &[&str]) -> PathBuf {
+/// Compiles a fixture into a program.
+pub(crate) fn build_program(name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    compile(name, source, flags)
+}
+
+fn compile(name: &str, source: &str, flags: &[&str]) -> PathBuf {
+    let compiler = if source.ends_with(".cpp") { "c++" } else { "cc" };
     static BUILT: Mutex<Option<HashMap<String, PathBuf>>> = Mutex::new(None);
     let mut built = BUILT.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let built = built.get_or_insert_default();
@@ -56,10 +61,10 @@ fn build_with(compiler: &str, name: &str, source: &str, flags: &[&str]) -> PathB
     }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(env!("CARGO_CRATE_NAME"));
     std::fs::create_dir_all(&folder).unwrap();
-    let library = folder.join(format!("lib{name}.so"));
-    let fresh = folder.join(format!("lib{name}.{}", std::process::id()));
+    let library = folder.join(name);
+    let fresh = folder.join(format!("{name}.{}", std::process::id()));
     let output = Command::new(compiler)
-        .args(["-shared", "-fPIC", "-O1", "-w", "-o"])
+        .args(["-O1", "-w", "-o"])
         .arg(&fresh)
         .arg(fixtures().join(source))
         .args(flags)

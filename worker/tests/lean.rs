@@ -6,7 +6,8 @@ mod faults;
 use faults::{Cell, crashed, eventually, exited, in_child, is_child, is_gone, watchdog};
 use hotcell::{Cause, Involvement, LoadError, StartError, WORKER_VARIABLE, Worker};
 use hotcell_worker::{EXIT_HOST_GONE, EXIT_NO_SOCKET};
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 
 const LEAN: &str = env!("CARGO_BIN_EXE_hotcell-worker");
 
@@ -150,4 +151,55 @@ fn two_programs_work_side_by_side() {
     crashed(lean.at("read_at").call(0));
     eventually("only one is dead", || !lean.worker.is_alive());
     assert_eq!(own.f0("count").call().unwrap(), 2);
+}
+
+/// The example `embedded`: a shared library with hotcell in it.
+fn embedded_library() -> PathBuf {
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    cargo.args([
+        "build",
+        "--quiet",
+        "--package",
+        "hotcell",
+        "--example",
+        "embedded",
+        "--message-format=json",
+    ]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    let output = cargo.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let messages = String::from_utf8(output.stdout).unwrap();
+    let library = messages.split('"').find(|text| text.ends_with("/libembedded.so"));
+    PathBuf::from(library.expect("cargo names what it has built"))
+}
+
+/// Runs a C program that loads the library and has it compute a power in a worker.
+fn foreign_host(library: &Path, worker: Option<&str>) -> Output {
+    let program = faults::build_program("foreign_host", "foreign_host.c", &["-ldl"]);
+    let mut command = Command::new(program);
+    command.arg(library).env_remove(WORKER_VARIABLE);
+    if let Some(worker) = worker {
+        command.env(WORKER_VARIABLE, worker);
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn foreign_executable_is_told_what_it_needs_and_works_with_it() {
+    // Before the watchdog: the compiler may take its time.
+    let library = embedded_library();
+    let _watchdog = watchdog();
+    let without = foreign_host(&library, None);
+    let (words, reason) =
+        (String::from_utf8_lossy(&without.stdout), String::from_utf8_lossy(&without.stderr));
+    // Its `main` ran once: nothing was started again.
+    assert_eq!(words, "main\n-1\n", "{reason}");
+    assert!(reason.contains("foreign_host, which is not a hotcell program"), "{reason}");
+    assert!(reason.contains("HOTCELL_WORKER") && reason.contains("hotcell-worker"), "{reason}");
+    let with = foreign_host(&library, Some(LEAN));
+    assert_eq!(String::from_utf8_lossy(&with.stdout), "main\n1024\n", "{with:?}");
+    assert!(with.status.success());
 }
