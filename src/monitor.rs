@@ -176,7 +176,9 @@ impl Runtime {
 
     /// Kills the worker if it is still there when `after` has passed, for `breach` if that is given.
     pub(crate) fn end_after(&self, worker: &WorkerInner, after: Duration, breach: Option<&'static str>) {
-        let timer = Timer { at: Instant::now() + after, worker: worker.id(), breach };
+        // A time that the clock cannot hold never comes.
+        let Some(at) = Instant::now().checked_add(after) else { return };
+        let timer = Timer { at, worker: worker.id(), breach };
         lock(&self.watched).timers.push(timer);
         let _ = self.waker.write(1);
     }

@@ -313,7 +313,8 @@ impl Session {
     /// its thread. Later calls through any handle answer [`CallError::Closed`].
     ///
     /// # Errors
-    /// As for any call; the session is unusable all the same.
+    /// As for any call; the session is unusable all the same. Only after [`CallError::Abandoned`] it is still open: it can be closed when the abandoned
+    /// call has returned, or dropped, and is then closed by itself.
     pub fn close(&self) -> Result<(), CallError> {
         self.owner.inner.close()
     }
@@ -501,6 +502,8 @@ struct AbandonedCall {
     lane: Lane,
     block: Option<ArenaBlock>,
     function: FunctionName,
+    /// It ends the session's thread when it returns.
+    closes: bool,
 }
 
 /// The label of whatever the session does on its own account.
@@ -706,18 +709,26 @@ impl SessionInner {
             DEAD => Err(self.death_error(Some(function()), false)),
             CLOSED => Err(CallError::Closed),
             ABANDONED => {
+                let mut closed = false;
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
                     let slot = self.slot(call.lane);
                     if slot.turn() != Turn::Reply {
                         return true;
                     }
+                    closed |= call.closes;
                     self.release(call.lane);
                     if let Some(block) = call.block.take() {
                         self.free_block(block);
                     }
                     false
                 });
+                if closed {
+                    if self.status.compare_exchange(ABANDONED, CLOSED, SeqCst, Relaxed).is_ok() {
+                        self.close_slots();
+                    }
+                    return Err(CallError::Closed);
+                }
                 match abandoned.first() {
                     Some(call) => Err(CallError::Abandoned { function: call.function.clone() }),
                     None => {
@@ -883,6 +894,9 @@ impl SessionInner {
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
     /// the worker is left alone: nobody asked for anything of it.
     fn close_politely(&self) {
+        if matches!(self.refuse(&|| self.own_name("close")), Err(CallError::Abandoned { .. })) {
+            return self.close_later();
+        }
         self.close_within(self.worker.grace());
         let _ = self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed);
     }
@@ -912,6 +926,15 @@ impl SessionInner {
             self.close_slots();
         }
         closed
+    }
+
+    /// Closes a session whose abandoned call still runs: when that returns, with nobody waiting. Only for the last handle.
+    fn close_later(&self) {
+        // Without a free slot (each is held by a dropped ticket behind the abandoned call) the thread stays until the worker ends.
+        if let Some(mut frame) = self.try_claim_ring() {
+            frame.publish(fixed::CLOSE, OWN_LABEL);
+            frame.stage = Stage::Lost;
+        }
     }
 }
 
@@ -980,12 +1003,24 @@ pub struct Frame<'s> {
     cursor: u64,
     end: u64,
     block: Option<ArenaBlock>,
+    /// The request is the session's end.
+    closes: bool,
 }
 
 impl<'s> Frame<'s> {
     #[inline(always)]
     fn new(session: &'s SessionInner, lane: Lane, slot: &'s Slot, sequence: u64) -> Self {
-        Self { session, slot, lane, stage: Stage::Claimed, sequence, cursor: 0, end: 0, block: None }
+        Self {
+            session,
+            slot,
+            lane,
+            stage: Stage::Claimed,
+            sequence,
+            cursor: 0,
+            end: 0,
+            block: None,
+            closes: false,
+        }
     }
 
     #[inline(always)]
@@ -1146,6 +1181,7 @@ impl<'s> Frame<'s> {
                         lane: self.lane,
                         block: self.block.take(),
                         function: function.clone(),
+                        closes: self.closes,
                     };
                     lock(&session.abandoned).push(call);
                     // Fails if the session is abandoned already, or dead.
@@ -1175,6 +1211,7 @@ impl<'s> Frame<'s> {
         for (i, word) in words.iter().enumerate() {
             self.set(i, *word);
         }
+        self.closes = function == fixed::CLOSE;
         self.publish(function, OWN_LABEL);
         let session = self.session;
         self.wait(session.options.timeout, || session.own_name(what))?;

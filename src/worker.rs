@@ -349,7 +349,7 @@ impl Worker {
         if sys::original_process().load(Ordering::Relaxed) == 0 {
             return;
         }
-        let patience = inner.grace + Duration::from_secs(10);
+        let patience = inner.grace.saturating_add(Duration::from_secs(10));
         inner.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
     }
 }

@@ -264,7 +264,22 @@ impl Region {
             && header.protocol.load(Relaxed) == PROTOCOL_VERSION
             && header.slots.load(Relaxed) == geometry.slots
             && header.session.load(Relaxed) == session;
-        if same { Ok(region) } else { Err(RegionError::WrongHeader) }
+        if !same {
+            return Err(RegionError::WrongHeader);
+        }
+        region.keep_slots_from_forks()?;
+        Ok(region)
+    }
+
+    /// Takes everything but the arena away from processes that native code forks. A child that comes back from the call would otherwise be a second worker
+    /// on the same slots: it would take requests and answer them. The arena stays, for a child that uses the arguments of its call.
+    fn keep_slots_from_forks(&self) -> Result<(), RegionError> {
+        let bytes = self.geometry.arena_offset();
+        let length = usize::try_from(bytes).unwrap_or(self.mapping.bytes).min(self.mapping.bytes);
+        let advice = nix::sys::mman::MmapAdvise::MADV_DONTFORK;
+        // SAFETY: the range lies in this region's own mapping, and the advice changes nothing in this process.
+        unsafe { nix::sys::mman::madvise(self.mapping.base.cast(), length, advice) }
+            .map_err(|errno| RegionError::System { call: "madvise", bytes, source: errno.into() })
     }
 
     fn new(mapping: Mapping, geometry: Geometry) -> Self {
