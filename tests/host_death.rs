@@ -114,7 +114,6 @@ fn host() {
     let _watchdog = watchdog(120);
     // Not longer than the test that started it, whatever becomes of that.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).unwrap();
-    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0).unwrap();
     let report = PathBuf::from(report);
     let folder = report.parent().unwrap();
     let held = start_workers(folder);

@@ -16,6 +16,8 @@ pub(crate) struct Watchdog {
 }
 
 pub(crate) fn watchdog(seconds: u64) -> Watchdog {
+    // Workers die here by the hundred: no core files.
+    let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
     let (bark, quiet) = mpsc::channel::<()>();
     let test = std::thread::current().name().unwrap_or("a test").to_owned();
     std::thread::spawn(move || {
