@@ -165,7 +165,10 @@ impl Drop for SessionOwner {
         if Arc::strong_count(&self.worker) > 1 {
             self.inner.close_politely();
         }
-        self.inner.worker.forget_session(self.inner.id);
+        // In a fork the lock may be held for ever, by a thread that was not forked.
+        if !self.inner.is_forked() {
+            self.inner.worker.forget_session(self.inner.id);
+        }
     }
 }
 
@@ -420,13 +423,13 @@ impl Block {
         self.block.as_ref().map_or(0, |block| block.offset)
     }
 
-    /// Copies bytes in, at `offset`. False, and nothing is copied, if they do not fit there.
+    /// Copies bytes in, at `offset`. False, and nothing is copied, if they do not fit there, or in a fork of the host.
     #[must_use]
     pub fn write(&self, offset: u64, from: &[u8]) -> bool {
         self.fits(offset, from.len()) && self.owner.inner.region.write(self.offset() + offset, from)
     }
 
-    /// Copies bytes out, from `offset`. False, and nothing is copied, if there are not as many.
+    /// Copies bytes out, from `offset`. False, and nothing is copied, if there are not as many, or in a fork of the host.
     #[must_use]
     pub fn read(&self, offset: u64, into: &mut [u8]) -> bool {
         self.fits(offset, into.len()) && self.owner.inner.region.read(self.offset() + offset, into)
@@ -445,7 +448,7 @@ impl Block {
     }
 
     fn fits(&self, offset: u64, bytes: usize) -> bool {
-        offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes)
+        offset.checked_add(bytes as u64).is_some_and(|end| end <= self.bytes) && !self.owner.inner.is_forked()
     }
 
     pub(crate) fn session_id(&self) -> u32 {
@@ -812,7 +815,16 @@ impl SessionInner {
         usize::try_from(self.options.payload_bytes_max.min(4 << 20)).unwrap_or(1 << 20)
     }
 
+    /// Whether this process is a fork of the one that opened the session. It has copies of the books, but the memory is still shared: what it gave away or
+    /// handed out would be missing in the original.
+    fn is_forked(&self) -> bool {
+        self.original.load(Relaxed) == 0
+    }
+
     fn allocate(&self, bytes: u64, function: impl FnOnce() -> FunctionName) -> Result<ArenaBlock, CallError> {
+        if self.is_forked() {
+            return Err(CallError::Forked);
+        }
         let base = self.region.geometry().arena_offset();
         lock(&self.arena)
             .allocate(bytes, |offset, bytes| region::commit(self.region_fd.as_fd(), base + offset, bytes))
@@ -820,6 +832,9 @@ impl SessionInner {
     }
 
     fn free_block(&self, block: ArenaBlock) {
+        if self.is_forked() {
+            return;
+        }
         let base = self.region.geometry().arena_offset();
         lock(&self.arena)
             .free(block, |offset, bytes| region::decommit(self.region_fd.as_fd(), base + offset, bytes));
@@ -1285,6 +1300,9 @@ impl Drop for Frame<'_> {
 impl Frame<'_> {
     #[inline(never)]
     fn drop_slowly(&mut self) {
+        if self.session.is_forked() {
+            return; // its locks may be held for ever, by threads that were not forked
+        }
         match (self.stage, self.lane) {
             (Stage::Replied, _) | (Stage::Claimed, Lane::Direct) => {
                 if let Some(block) = self.block.take() {

@@ -257,6 +257,24 @@ pub fn null_stdin() -> io::Result<()> {
     if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// `open` of `/dev/null` for standard output and standard error, where they are closed.
+///
+/// Otherwise the next file that anybody opens gets their number, and what is printed goes into it.
+///
+/// # Errors
+/// Those of opening `/dev/null`.
+pub fn fill_standard_output() -> io::Result<()> {
+    use std::os::fd::IntoRawFd;
+    for fd in [1, 2] {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            // The lowest free number: `fd`, since those below are open.
+            let _stays_open = std::fs::OpenOptions::new().write(true).open("/dev/null")?.into_raw_fd();
+        }
+    }
+    Ok(())
+}
+
 /// `_exit`: ends the process at once, without destructors of any kind.
 pub fn exit_now(code: i32) -> ! {
     // SAFETY: takes a number and does not return.

@@ -21,11 +21,14 @@ fn give_up(code: i32, why: &dyn std::fmt::Display) -> ! {
     sys::exit_now(code)
 }
 
-/// Moves the control socket away from standard input, which becomes `/dev/null`.
+/// Moves the control socket away from standard input, which becomes `/dev/null`, as do standard output and standard error if the host has none to inherit.
 pub(crate) fn take_socket() -> OwnedFd {
     let Some(socket) = sys::take_stdin() else { give_up(EXIT_NO_SOCKET, &"standard input is closed") };
-    if let Err(error) = sys::null_stdin() {
-        give_up(EXIT_NO_SOCKET, &format_args!("/dev/null cannot take the place of standard input: {error}"));
+    if let Err(error) = sys::null_stdin().and_then(|()| sys::fill_standard_output()) {
+        give_up(
+            EXIT_NO_SOCKET,
+            &format_args!("/dev/null cannot take the place of a standard stream: {error}"),
+        );
     }
     socket
 }
