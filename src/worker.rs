@@ -784,14 +784,14 @@ fn waiting_bytes(fd: BorrowedFd<'_>) -> usize {
     if socket::readable(fd, Duration::ZERO) { 32 << 10 } else { 0 }
 }
 
-/// Untrusted bytes as text for a report: lossily decoded, control characters other than the line feed escaped.
+/// Untrusted bytes as text for a report: lossily decoded, and everything but the line feed escaped that could do more than print: control
+/// characters, and marks that reorder or hide text.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for c in String::from_utf8_lossy(bytes).chars() {
-        if c.is_control() && c != '\n' {
-            text.extend(c.escape_default());
-        } else {
-            text.push(c);
+        match c {
+            '\n' | '"' | '\'' | '\\' => text.push(c),
+            _ => text.extend(c.escape_debug()),
         }
     }
     text
@@ -804,5 +804,10 @@ mod tests {
     #[test]
     fn untrusted_text_is_escaped() {
         assert_eq!(printable(b"a\x1b[2Jb\xff\nc"), "a\\u{1b}[2Jb\u{fffd}\nc");
+        assert_eq!(
+            printable("\u{202e}gpj.exe\u{2028}\u{2066}".as_bytes()),
+            "\\u{202e}gpj.exe\\u{2028}\\u{2066}"
+        );
+        assert_eq!(printable("C:\\x \"ß\" 'é'".as_bytes()), "C:\\x \"ß\" 'é'");
     }
 }
