@@ -547,17 +547,22 @@ impl WorkerInner {
         let sent = socket::send(self.socket.as_fd(), &control::encode(request), Some(region));
         let answer = match sent {
             Ok(()) => self.wait_inbox(self.start_timeout, |inbox| {
-                match inbox.opening.get_mut(&id).and_then(Option::take) {
-                    Some(answer) => Some(Some(answer)),
-                    None => inbox.dead.then_some(None),
+                // Taken out with its entry: a second answer finds none and is a breach.
+                if let Some(Some(_)) = inbox.opening.get(&id) {
+                    return inbox.opening.remove(&id);
                 }
+                inbox.dead.then_some(None)
             }),
-            // The other end is closed: the death is on its way to the monitor.
+            // The other end takes nothing any more: its death is on its way to the monitor, or else it lives on without a tie to this host.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                self.wait_gone();
+                if self.wait_inbox(HANG_UP_GRACE, |inbox| inbox.dead.then_some(())).is_none() {
+                    self.breach("it shut its control socket and lived on", None);
+                    self.wait_gone();
+                }
                 Some(None)
             }
             Err(error) => {
+                lock(&self.inbox).opening.remove(&id);
                 self.forget_session(id);
                 return Err(StartError::system("writing to the control socket", error));
             }
