@@ -626,9 +626,25 @@ impl WorkerInner {
 
     // What follows runs on the monitor's thread.
 
-    /// The process may have ended: collects it, and tells everybody. False if it still runs.
+    /// The process may have ended: collects it, and tells everybody. False if it still runs, or if a process that traces it keeps it.
     pub(crate) fn collect(&self) -> bool {
         let Some((status, usage)) = sys::wait_pidfd(self.pidfd.as_fd()) else { return false };
+        self.ended(status, usage);
+        true
+    }
+
+    /// The process has ended, but a process that traces it has not let go of it: tells everybody without its status. It still has to be
+    /// collected.
+    pub(crate) fn ended_but_traced(&self) {
+        self.ended(WaitStatus::Unknown, sys::Usage::default());
+    }
+
+    /// Whether the process, whose end has been told, leaves no zombie.
+    pub(crate) fn is_collected(&self) -> bool {
+        sys::wait_pidfd(self.pidfd.as_fd()).is_some()
+    }
+
+    fn ended(&self, status: WaitStatus, usage: sys::Usage) {
         self.drain_output();
         let facts = CrashRegion::open(self.crash_page.as_fd()).ok().and_then(|region| region.page().read());
         let sessions: Vec<Arc<SessionInner>> =
@@ -664,7 +680,6 @@ impl WorkerInner {
         if let Some(report) = self.report() {
             self.tell(&WorkerEvent::Ended(report));
         }
-        true
     }
 
     fn cause_of(status: WaitStatus, facts: Option<&hotcell_channel::crash::CrashFacts>) -> Cause {
