@@ -50,7 +50,7 @@ pub enum Cause {
         /// What it did.
         what: String,
     },
-    /// It ended, and somebody else in the host's process collected its status first.
+    /// It ended, and its status could not be had: somebody else in the host's process collected it first, or a process that traces the worker keeps it.
     Unknown,
 }
 
@@ -97,7 +97,7 @@ impl fmt::Display for Cause {
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),
             Cause::ProtocolBreach { what } => write!(f, "killed because it broke the protocol: {what}"),
-            Cause::Unknown => f.write_str("ended for an unknown reason (its status was collected elsewhere)"),
+            Cause::Unknown => f.write_str("ended for an unknown reason (its status was collected or is kept elsewhere)"),
         }
     }
 }

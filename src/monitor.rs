@@ -61,6 +61,20 @@ struct Timer {
     breach: Option<&'static str>,
 }
 
+/// A worker that has ended and that a process keeps from being collected by tracing it: a debugger, which lets go at once, or a process that the
+/// worker left behind for that purpose.
+#[derive(Debug)]
+struct Traced {
+    worker: Arc<WorkerInner>,
+    since: Instant,
+    told: bool,
+}
+
+/// How long a tracer may keep an ended worker before its end is told without its status.
+const TRACED_GRACE: Duration = Duration::from_millis(200);
+const TRACED_LOOK: Duration = Duration::from_millis(10);
+const TRACED_LOOK_LATER: Duration = Duration::from_secs(1);
+
 #[derive(Debug, Default)]
 struct Watched {
     workers: HashMap<u64, Arc<WorkerInner>>,
@@ -185,8 +199,12 @@ impl Runtime {
 
     fn watch(&self) {
         let mut events = [EpollEvent::empty(); 32];
+        let mut traced = Vec::new();
         loop {
-            let timeout = self.run_timers();
+            let next = [self.run_timers(), self.look_at_traced(&mut traced)].into_iter().flatten().min();
+            let timeout = next.map_or(EpollTimeout::NONE, |left| {
+                EpollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
+            });
             let count = match self.epoll.wait(&mut events, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
@@ -203,24 +221,23 @@ impl Runtime {
                     if event.data() == WAKER {
                         let _ = self.waker.read();
                     } else if (source == Source::Exit) == death {
-                        self.ready(id, source);
+                        self.ready(id, source, &mut traced);
                     }
                 }
             }
         }
     }
 
-    fn ready(&self, id: u64, source: Source) {
+    fn ready(&self, id: u64, source: Source, traced: &mut Vec<Traced>) {
         let Some(worker) = lock(&self.watched).workers.get(&id).cloned() else { return };
         match source {
             Source::Exit => {
                 if worker.collect() {
-                    for source in SOURCES {
-                        self.forget(&worker, source);
-                    }
-                    let mut watched = lock(&self.watched);
-                    watched.workers.remove(&id);
-                    watched.timers.retain(|timer| timer.worker != id);
+                    self.remove(&worker);
+                } else {
+                    // The descriptor would stay ready, and this thread would spin on it.
+                    self.forget(&worker, Source::Exit);
+                    traced.push(Traced { worker, since: Instant::now(), told: false });
                 }
             }
             Source::Socket => worker.read_control(self),
@@ -228,8 +245,38 @@ impl Runtime {
         }
     }
 
+    /// Stops watching a worker, whose end has been told.
+    fn remove(&self, worker: &WorkerInner) {
+        for source in SOURCES {
+            self.forget(worker, source);
+        }
+        let mut watched = lock(&self.watched);
+        watched.workers.remove(&worker.id());
+        watched.timers.retain(|timer| timer.worker != worker.id());
+    }
+
+    /// Collects whom a tracer has let go; gives the time until the next look.
+    fn look_at_traced(&self, traced: &mut Vec<Traced>) -> Option<Duration> {
+        traced.retain_mut(|ended| {
+            if ended.told {
+                return !ended.worker.is_collected();
+            }
+            let collected = ended.worker.collect();
+            if !collected && ended.since.elapsed() < TRACED_GRACE {
+                return true;
+            }
+            if !collected {
+                ended.worker.ended_but_traced();
+            }
+            self.remove(&ended.worker);
+            ended.told = true;
+            !collected
+        });
+        traced.iter().map(|ended| if ended.told { TRACED_LOOK_LATER } else { TRACED_LOOK }).min()
+    }
+
     /// Kills whoever's time is up; gives the time until the next one.
-    fn run_timers(&self) -> EpollTimeout {
+    fn run_timers(&self) -> Option<Duration> {
         let mut watched = lock(&self.watched);
         let now = Instant::now();
         let Watched { workers, timers } = &mut *watched;
@@ -244,13 +291,7 @@ impl Runtime {
             }
             false
         });
-        match timers.iter().map(|timer| timer.at).min() {
-            None => EpollTimeout::NONE,
-            Some(next) => {
-                let left = next.saturating_duration_since(now) + Duration::from_millis(1);
-                EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
-            }
-        }
+        timers.iter().map(|timer| timer.at.saturating_duration_since(now)).min()
     }
 }
 

@@ -561,17 +561,22 @@ impl WorkerInner {
         let sent = socket::send(self.socket.as_fd(), &control::encode(request), Some(region));
         let answer = match sent {
             Ok(()) => self.wait_inbox(self.start_timeout, |inbox| {
-                match inbox.opening.get_mut(&id).and_then(Option::take) {
-                    Some(answer) => Some(Some(answer)),
-                    None => inbox.dead.then_some(None),
+                // Taken out with its entry: a second answer finds none and is a breach.
+                if let Some(Some(_)) = inbox.opening.get(&id) {
+                    return inbox.opening.remove(&id);
                 }
+                inbox.dead.then_some(None)
             }),
-            // The other end is closed: the death is on its way to the monitor.
+            // The other end takes nothing any more: its death is on its way to the monitor, or else it lives on without a tie to this host.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                self.wait_gone();
+                if self.wait_inbox(HANG_UP_GRACE, |inbox| inbox.dead.then_some(())).is_none() {
+                    self.breach("it shut its control socket and lived on", None);
+                    self.wait_gone();
+                }
                 Some(None)
             }
             Err(error) => {
+                lock(&self.inbox).opening.remove(&id);
                 self.forget_session(id);
                 return Err(StartError::system("writing to the control socket", error));
             }
@@ -635,9 +640,25 @@ impl WorkerInner {
 
     // What follows runs on the monitor's thread.
 
-    /// The process may have ended: collects it, and tells everybody. False if it still runs.
+    /// The process may have ended: collects it, and tells everybody. False if it still runs, or if a process that traces it keeps it.
     pub(crate) fn collect(&self) -> bool {
         let Some((status, usage)) = sys::wait_pidfd(self.pidfd.as_fd()) else { return false };
+        self.ended(status, usage);
+        true
+    }
+
+    /// The process has ended, but a process that traces it has not let go of it: tells everybody without its status. It still has to be
+    /// collected.
+    pub(crate) fn ended_but_traced(&self) {
+        self.ended(WaitStatus::Unknown, sys::Usage::default());
+    }
+
+    /// Whether the process, whose end has been told, leaves no zombie.
+    pub(crate) fn is_collected(&self) -> bool {
+        sys::wait_pidfd(self.pidfd.as_fd()).is_some()
+    }
+
+    fn ended(&self, status: WaitStatus, usage: sys::Usage) {
         self.drain_output();
         let facts = CrashRegion::open(self.crash_page.as_fd()).ok().and_then(|region| region.page().read());
         let sessions: Vec<Arc<SessionInner>> =
@@ -673,7 +694,6 @@ impl WorkerInner {
         if let Some(report) = self.report() {
             self.tell(&WorkerEvent::Ended(report));
         }
-        true
     }
 
     fn cause_of(status: WaitStatus, facts: Option<&hotcell_channel::crash::CrashFacts>) -> Cause {
@@ -798,14 +818,14 @@ fn waiting_bytes(fd: BorrowedFd<'_>) -> usize {
     if socket::readable(fd, Duration::ZERO) { 32 << 10 } else { 0 }
 }
 
-/// Untrusted bytes as text for a report: lossily decoded, control characters other than the line feed escaped.
+/// Untrusted bytes as text for a report: lossily decoded, and everything but the line feed escaped that could do more than print: control
+/// characters, and marks that reorder or hide text.
 pub(crate) fn printable(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for c in String::from_utf8_lossy(bytes).chars() {
-        if c.is_control() && c != '\n' {
-            text.extend(c.escape_default());
-        } else {
-            text.push(c);
+        match c {
+            '\n' | '"' | '\'' | '\\' => text.push(c),
+            _ => text.extend(c.escape_debug()),
         }
     }
     text
@@ -818,5 +838,10 @@ mod tests {
     #[test]
     fn untrusted_text_is_escaped() {
         assert_eq!(printable(b"a\x1b[2Jb\xff\nc"), "a\\u{1b}[2Jb\u{fffd}\nc");
+        assert_eq!(
+            printable("\u{202e}gpj.exe\u{2028}\u{2066}".as_bytes()),
+            "\\u{202e}gpj.exe\\u{2028}\\u{2066}"
+        );
+        assert_eq!(printable("C:\\x \"ß\" 'é'".as_bytes()), "C:\\x \"ß\" 'é'");
     }
 }
