@@ -8,7 +8,7 @@ use hotcell::{CallError, DynFunction, Function, In, InOut, LoadError, Out, Remot
 use std::error::Error;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 const LIBRARY: &str = "
@@ -16,7 +16,17 @@ int add(int a, int b) { return a + b; }
 int value_at(const int *address) { return *address; }
 ";
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("quickstart: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let directory = tempfile::tempdir()?;
     let library = compile(LIBRARY, directory.path())?;
 

@@ -7,7 +7,7 @@
 use hotcell::{CallError, Function, In, Worker};
 use std::error::Error;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 
 /// A parser as they are: it works, until the input is unusual.
 const PARSER: &str = r#"
@@ -26,7 +26,17 @@ int count_words(const char *text) {
 
 type CountWords = Function<fn(In<str>) -> i32>;
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("survive_crash: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
     let directory = tempfile::tempdir()?;
     let library = compile(PARSER, directory.path())?;
     let inputs = [
