@@ -295,5 +295,3 @@ impl fmt::Display for CrashReport {
         Ok(())
     }
 }
-
-impl std::error::Error for CrashReport {}

@@ -1,4 +1,50 @@
-//! hotcell runs native code in a process of its own and lets a Rust host call it as if it were linked in.
+//! hotcell runs native code (C shared libraries) in a process of its own and lets a Rust host call it as if it were linked in.
+//!
+//! Calls go through shared memory: both processes look at the same cache line, and while both are awake a call makes no system call. When
+//! the native code crashes, hangs or scribbles over its memory, the host gets a [`CallError`] that says what happened, and lives on.
+//!
+//! ```
+//! use hotcell::{CallError, In, RemotePtr, Worker};
+//!
+//! # fn main() -> Result<(), hotcell::Error> {
+//! let worker = Worker::spawn()?; // a process
+//! let session = worker.session()?; // a thread in it, and a channel to it
+//! let libc = session.load("libc.so.6")?;
+//!
+//! let strlen = libc.function::<fn(In<str>) -> usize>("strlen")?; // resolved once
+//! assert_eq!(strlen.call("hello")?, 5);
+//!
+//! let strlen = libc.function::<fn(RemotePtr) -> usize>("strlen")?; // the same, called with an address
+//! match strlen.call(RemotePtr::NULL) {
+//!     Err(CallError::Crashed(report)) => assert_eq!(report.signal(), Some(11)), // SIGSEGV, and this process lives
+//!     other => panic!("{other:?}"),
+//! }
+//! # Ok(()) }
+//! ```
+//!
+//! # Words
+//!
+//! A [`Worker`] is one process. A [`Session`] is a native thread in it with a channel of its own; calls through a session are served one after another, and any
+//! number of threads may make them. A [`Module`] is a library loaded in a session. A [`Function`] is a symbol of it with a Rust type, a [`DynFunction`] one with a
+//! signature that is known at run time. [`CrashReport`] is what is known of a worker's end.
+//!
+//! # What it does not do
+//!
+//! - **It is no sandbox**: a worker has the rights of its host. It contains broken code, not malicious code.
+//! - It cannot check signatures against the code. A wrong one breaks the worker, not the host.
+//! - It does not make results true: they have the declared type and size, and are otherwise input from an untrusted process.
+//! - It does not repeat calls or restart workers by itself. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
+//! - It passes no structs by value, and native code cannot yet call back into the host.
+//!
+//! # Platform
+//!
+//! Linux 5.4 or newer on x86-64 with glibc. Other Linux targets may build and are untested.
+//!
+//! # Features
+//!
+//! - `self-exec` (default): the worker is the host's own executable, started again; an initialiser turns it into a worker before `main`. Without the feature, or in
+//!   a program that hotcell was loaded into as part of a library, the worker is the program `hotcell-worker`, named by [`WorkerBuilder::program`] or the environment
+//!   variable [`WORKER_VARIABLE`].
 
 mod call;
 mod crash;
@@ -44,3 +90,8 @@ pub fn is_worker() -> bool {
     #[cfg(not(feature = "self-exec"))]
     false
 }
+
+/// The readme's example, as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -99,7 +99,7 @@ pub struct CrashPage {
 
 /// One frame of the backtrace, as it lies in the page.
 #[repr(C)]
-struct FrameCell {
+pub(crate) struct FrameCell {
     pc: AtomicU64,
     object_offset: AtomicU64,
     symbol_offset: AtomicU64,
@@ -518,6 +518,32 @@ impl fmt::Display for Frame {
         }
         Ok(())
     }
+}
+
+/// The numbers that only this file knows, for the comparison with their documentation.
+#[cfg(all(test, not(loom)))]
+pub(crate) const WIRE_CONSTANTS: &[(&str, u32)] = &[
+    ("STAGE_NOTHING", STAGE_NOTHING),
+    ("STAGE_CLAIMED", STAGE_CLAIMED),
+    ("STAGE_FACTS", STAGE_FACTS),
+    ("STAGE_FRAMES", STAGE_FRAMES),
+    ("FLAG_STACK_OVERFLOW", FLAG_STACK_OVERFLOW),
+    ("FLAG_NESTED", FLAG_NESTED),
+    ("FLAG_FAULT_ADDRESS", FLAG_FAULT_ADDRESS),
+    ("FLAG_SYSCALL", FLAG_SYSCALL),
+    ("ACCESS_UNKNOWN", ACCESS_UNKNOWN),
+    ("ACCESS_READ", ACCESS_READ),
+    ("ACCESS_WRITE", ACCESS_WRITE),
+    ("ACCESS_EXECUTE", ACCESS_EXECUTE),
+];
+
+#[cfg(all(test, not(loom)))]
+mod wire {
+    use super::{CrashPage, FrameCell};
+    crate::wire_format::shared!(FrameCell: pc, object_offset, symbol_offset, object, symbol);
+    crate::wire_format::shared!(CrashPage:
+        stage, flags, signal, code, thread, session, function, syscall, access, instruction_bytes, frame_count, reserved,
+        fault_address, pc, sp, instruction, reserved_words, frames, reserved_tail);
 }
 
 #[cfg(test)]

@@ -22,3 +22,5 @@ pub mod slot;
 pub mod socket;
 pub mod sys;
 pub mod wait;
+#[cfg(all(test, not(loom)))]
+mod wire_format;

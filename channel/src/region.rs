@@ -179,7 +179,7 @@ impl Drop for Mapping {
 
 /// The words at the start of a session's region. Written once by the host, before the worker gets the descriptor.
 #[repr(C, align(128))]
-struct SessionHeader {
+pub(crate) struct SessionHeader {
     magic: AtomicU64,
     layout_hash: AtomicU64,
     arena_bytes: AtomicU64,
@@ -450,6 +450,12 @@ impl CrashRegion {
         // SAFETY: CrashPage consists of atomics only.
         unsafe { self.mapping.atomics(0) }
     }
+}
+
+#[cfg(test)]
+mod wire {
+    use super::SessionHeader;
+    crate::wire_format::shared!(SessionHeader: magic, layout_hash, arena_bytes, protocol, slots, session, reserved);
 }
 
 #[cfg(test)]

@@ -335,6 +335,14 @@ const _: () = {
 };
 
 #[cfg(all(test, not(loom)))]
+mod wire {
+    use super::*;
+    crate::wire_format::shared!(Slot: state, function, words);
+    crate::wire_format::shared!(Doorbell: count, host_cpu);
+    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved);
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
