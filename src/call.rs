@@ -8,7 +8,7 @@ use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
 use crate::session::{Block, Detached, Frame, Need, RemotePtr, SessionInner, SessionOwner};
 use bytemuck::{NoUninit, Pod};
-use hotcell_channel::session::{STRING_LONGER, STRING_NULL};
+use hotcell_channel::session::{STRING_LONGER, STRING_LOST, STRING_NULL};
 use hotcell_channel::signature::{Class, Signature, Type};
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
@@ -467,26 +467,21 @@ pub(crate) fn decode_string(
 ) -> Result<Option<CString>, CallError> {
     let session = frame.session();
     let max = session.options.longest_string();
+    let lost = |source| CallError::StringLost { function: name.clone(), source: Box::new(source) };
     match frame.reply(1) {
         STRING_NULL => Ok(None),
-        STRING_LONGER => {
-            session.read_string(frame.reply(0), max, || name.clone()).map(Some).map_err(|error| match error {
-                // The second round did not run; the function did.
-                CallError::Crashed(_) | CallError::Disposed(_) => {
-                    session.death_error(Some(name.clone()), true)
-                }
-                error if error.may_have_run() => error,
-                error => CallError::StringLost { function: name.clone(), source: Box::new(error) },
-            })
-        }
-        length => {
-            let string = frame.string(target, length, STRING_ROOM as u64, || name.clone())?;
-            // The limit may be smaller than the room.
-            if length > max {
-                return Err(CallError::StringTooLong { function: name.clone(), max });
+        STRING_LONGER => Err(CallError::StringTooLong { function: name.clone(), max }),
+        STRING_LOST => Err(lost(CallError::OutOfMemory { bytes: max })),
+        length if length <= STRING_ROOM as u64 => Ok(Some(frame.string(target, length))),
+        length if length <= max => match frame.fetch_string(frame.reply(0), length) {
+            Ok(string) => Ok(Some(string)),
+            // The fetching did not run; the function did.
+            Err(CallError::Crashed(_) | CallError::Disposed(_)) => {
+                Err(session.death_error(Some(name.clone()), true))
             }
-            Ok(Some(string))
-        }
+            Err(error) => Err(lost(error)),
+        },
+        length => Err(session.broken(format!("a string of {length} bytes where {max} are the limit"), name)),
     }
 }
 
@@ -647,7 +642,7 @@ impl<F: FunctionType> Function<F> {
     /// See [`CallError`].
     #[inline(always)]
     pub fn call_tuple(&self, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let mut frame = self.session.claim(|| FunctionName::clone(&self.name))?;
+        let mut frame = self.session.claim(self.timeout, || FunctionName::clone(&self.name))?;
         let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
         frame.publish(self.index, self.label);
         frame.wait(self.timeout, || FunctionName::clone(&self.name))?;
@@ -767,6 +762,7 @@ macro_rules! arities {
                     string = frame.room(STRING_ROOM);
                     frame.set($count, string);
                     frame.set($count + 1, STRING_ROOM as u64);
+                    frame.set($count + 2, frame.session().options.longest_string());
                 }
                 Ok((words, string))
             }

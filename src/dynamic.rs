@@ -4,6 +4,7 @@ use crate::call::{Errno, STRING_ROOM, decode_string, lend_str};
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
 use crate::session::{Block, Frame, Need, RemotePtr, SessionInner, SessionOwner};
+use hotcell_channel::session::STRING_WORDS;
 use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 use hotcell_channel::slot::WORDS_MAX;
 use std::ffi::{CStr, CString};
@@ -388,10 +389,10 @@ impl DynFunction {
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
         // The words are gathered on the stack; clearing room for the longest signature would cost a short one more than all the rest.
-        if args.len() + 2 <= WORDS_MAX {
+        if args.len() + STRING_WORDS <= WORDS_MAX {
             self.call_sized::<WORDS_MAX, T>(index, args, more)
         } else {
-            self.call_sized::<{ ARGS_MAX + 2 }, T>(index, args, more)
+            self.call_sized::<{ ARGS_MAX + STRING_WORDS }, T>(index, args, more)
         }
     }
 
@@ -431,14 +432,14 @@ impl DynFunction {
             }
         }
         let string = signature.returns == Type::CString;
-        let count = args.len() + if string { 2 } else { 0 };
+        let count = args.len() + if string { STRING_WORDS } else { 0 };
         if string {
             need.add(STRING_ROOM);
         }
         if count > WORDS_MAX {
             need.add(count * size_of::<u64>());
         }
-        let mut frame = self.session.claim(|| name.clone())?;
+        let mut frame = self.session.claim(self.timeout, || name.clone())?;
         frame.reserve(need, || name.clone())?;
         for (at, (arg, place)) in args.iter().zip(places).enumerate() {
             let word = &mut words[usize::from(*place)];
@@ -464,6 +465,7 @@ impl DynFunction {
             target = frame.room(STRING_ROOM);
             words[args.len()] = target;
             words[args.len() + 1] = STRING_ROOM as u64;
+            words[args.len() + 2] = frame.session().options.longest_string();
         }
         if count > WORDS_MAX {
             frame.spill(&words[..count]);

@@ -160,10 +160,15 @@ impl Module {
             errno,
         };
         let session = &self.owner.inner;
+        let key = (self.index, Arc::clone(&name.symbol), signature.clone(), errno);
+        if let Some(index) = session.resolved_before(&key) {
+            return Ok(Resolved { index, label: session.label(name.clone()), name: Arc::new(name) });
+        }
         let running = FunctionName { symbol: format!("(resolve {symbol})").into(), ..name.clone() };
         let fail = |source| LoadError::Call { module: Arc::clone(&self.name), source };
         match session.directory(&request, &running).map_err(fail)? {
             Answer::Resolved(index) if session.is_function_index(index) => {
+                session.remember_resolved(key, index);
                 let label = session.label(name.clone());
                 Ok(Resolved { index, label, name: Arc::new(name) })
             }

@@ -20,9 +20,11 @@ use hotcell_channel::layout::{
 };
 use hotcell_channel::region::{self, Region};
 use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
+use hotcell_channel::signature::Signature;
 use hotcell_channel::slot::{FUNCTIONS_MAX, SLOTS_MAX, Slot, Turn, WORDS_MAX};
 use hotcell_channel::sys;
 use hotcell_channel::wait::{self, Spin, Waited};
+use rustc_hash::FxHashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
@@ -249,19 +251,7 @@ impl Session {
     pub fn read(&self, pointer: RemotePtr, into: &mut [u8]) -> Result<(), CallError> {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("read"))?;
-        let mut done = 0;
-        for piece in into.chunks_mut(inner.piece_bytes()) {
-            let mut frame = inner.claim(|| inner.own_name("read"))?;
-            frame.reserve(Need::of(piece.len()), || inner.own_name("read"))?;
-            let target = frame.room(piece.len());
-            let words = [target, address.wrapping_add(done), piece.len() as u64];
-            match frame.run_fixed(fixed::READ, &words, "read")? {
-                [fixed::OK, _] => frame.read_back(target, piece),
-                _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
-            }
-            done += piece.len() as u64;
-        }
-        Ok(())
+        inner.read_memory(address, into, || inner.claim(inner.options.timeout, || inner.own_name("read")))
     }
 
     /// Writes worker memory. A bad address is an error here and does the worker no harm.
@@ -273,7 +263,7 @@ impl Session {
         let address = inner.address_of(pointer, || inner.own_name("write"))?;
         let mut done = 0;
         for piece in from.chunks(inner.piece_bytes()) {
-            let mut frame = inner.claim(|| inner.own_name("write"))?;
+            let mut frame = inner.claim(inner.options.timeout, || inner.own_name("write"))?;
             frame.reserve(Need::of(piece.len()), || inner.own_name("write"))?;
             let source = frame.lend(piece);
             let words = [address.wrapping_add(done), source, piece.len() as u64];
@@ -459,7 +449,7 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            self.owner.inner.free_block(block);
+            self.owner.inner.free_when_unused(block);
         }
     }
 }
@@ -492,6 +482,8 @@ struct Ring {
     published: u64,
     /// Slots whose callers went away before the reply: free once it is there.
     orphans: Vec<(u32, Option<ArenaBlock>)>,
+    /// Dropped blocks that a call nobody waits for may still use.
+    kept_blocks: Vec<ArenaBlock>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -530,6 +522,8 @@ pub(crate) struct SessionInner {
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
+    /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
+    resolved: Mutex<FxHashMap<(u32, Arc<str>, Signature, bool), u32>>,
     id: u32,
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
@@ -562,6 +556,7 @@ impl SessionInner {
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
+            resolved: Mutex::default(),
             id,
             options,
             region_fd,
@@ -577,11 +572,15 @@ impl SessionInner {
         FunctionName { module: "the session".into(), symbol: what.into() }
     }
 
-    /// Registers a function's name for reports. Gives its label.
+    /// The label by which reports find a function's name. The same name has the same label.
     pub(crate) fn label(&self, function: FunctionName) -> u32 {
         let mut labels = lock(&self.labels);
-        labels.push(function);
-        u32::try_from(labels.len() - 1).unwrap_or(OWN_LABEL)
+        let known = labels.iter().position(|name| *name == function);
+        let at = known.unwrap_or_else(|| {
+            labels.push(function);
+            labels.len() - 1
+        });
+        u32::try_from(at).unwrap_or(OWN_LABEL)
     }
 
     fn label_name(&self, label: u32) -> FunctionName {
@@ -613,9 +612,13 @@ impl SessionInner {
 
     // The life of a call.
 
-    /// Takes a slot for a blocking call.
+    /// Takes a slot for a blocking call, waiting at most `timeout` for one if all are taken.
     #[inline(always)]
-    pub(crate) fn claim(&self, function: impl Fn() -> FunctionName) -> Result<Frame<'_>, CallError> {
+    pub(crate) fn claim(
+        &self,
+        timeout: Duration,
+        function: impl Fn() -> FunctionName,
+    ) -> Result<Frame<'_>, CallError> {
         // Both are facts of this process; together one branch.
         if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
             self.refuse(&function)?;
@@ -624,7 +627,7 @@ impl SessionInner {
             let sequence = self.direct.published.load(Relaxed) + 1;
             return Ok(Frame::new(self, Lane::Direct, self.region.direct(), sequence));
         }
-        self.claim_ring(self.options.timeout, function)
+        self.claim_ring(timeout, function)
     }
 
     /// Takes a ring slot, waiting at most `timeout` for one to become free.
@@ -657,7 +660,7 @@ impl SessionInner {
 
     fn try_claim_ring(&self) -> Option<Frame<'_>> {
         let mut ring = lock(&self.ring);
-        if !ring.orphans.is_empty() {
+        if !ring.orphans.is_empty() || !ring.kept_blocks.is_empty() {
             self.reclaim(&mut ring);
         }
         let slots = self.options.slots;
@@ -688,6 +691,11 @@ impl SessionInner {
             }
         }
         ring.orphans = kept;
+        if !ring.kept_blocks.is_empty() && ring.orphans.is_empty() && lock(&self.abandoned).is_empty() {
+            for block in ring.kept_blocks.drain(..) {
+                self.free_block(block);
+            }
+        }
     }
 
     fn release(&self, lane: Lane) {
@@ -831,6 +839,19 @@ impl SessionInner {
             .map_err(|source| CallError::NoRoom { function: function(), source: source.into() })
     }
 
+    /// Frees a block that calls may have been given. A call that nobody waits for any more (a dropped ticket, an abandoned call) may still use it: then it is kept until
+    /// there is none.
+    fn free_when_unused(&self, block: ArenaBlock) {
+        let mut ring = lock(&self.ring);
+        self.reclaim(&mut ring);
+        if ring.orphans.is_empty() && lock(&self.abandoned).is_empty() {
+            drop(ring);
+            self.free_block(block);
+        } else {
+            ring.kept_blocks.push(block);
+        }
+    }
+
     fn free_block(&self, block: ArenaBlock) {
         if self.is_forked() {
             return;
@@ -842,7 +863,29 @@ impl SessionInner {
 
     /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
     fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
-        self.claim(|| self.own_name(what))?.run_fixed(function, words, what)
+        self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
+    }
+
+    /// Copies worker memory, in pieces, each through a frame that `claim` gives.
+    fn read_memory<'s>(
+        &self,
+        address: u64,
+        into: &mut [u8],
+        claim: impl Fn() -> Result<Frame<'s>, CallError>,
+    ) -> Result<(), CallError> {
+        let mut done = 0;
+        for piece in into.chunks_mut(self.piece_bytes()) {
+            let mut frame = claim()?;
+            frame.reserve(Need::of(piece.len()), || self.own_name("read"))?;
+            let target = frame.room(piece.len());
+            let words = [target, address.wrapping_add(done), piece.len() as u64];
+            match frame.run_fixed(fixed::READ, &words, "read")? {
+                [fixed::OK, _] => frame.read_back(target, piece),
+                _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
+            }
+            done += piece.len() as u64;
+        }
+        Ok(())
     }
 
     pub(crate) fn read_string(
@@ -855,11 +898,16 @@ impl SessionInner {
         let mut room = max.min(16 << 10);
         loop {
             let bytes = usize::try_from(room).unwrap_or(usize::MAX);
-            let mut frame = self.claim(&name)?;
+            let mut frame = self.claim(self.options.timeout, &name)?;
             frame.reserve(Need::of(bytes), &name)?;
             let target = frame.room(bytes);
             match frame.run_fixed(fixed::READ_STRING, &[target, address, room], "read_string")? {
-                [fixed::OK, length] => return frame.string(target, length, room, name),
+                [fixed::OK, length] if length <= room => return Ok(frame.string(target, length)),
+                [fixed::OK, length] => {
+                    return Err(
+                        self.broken(format!("a string of {length} bytes in room for {room}"), &name())
+                    );
+                }
                 [fixed::TOO_LONG, _] if room < max => room = max.min(room * 16),
                 [fixed::TOO_LONG, _] => return Err(CallError::StringTooLong { function: name(), max }),
                 [_, length] => return Err(CallError::BadAddress { address, bytes: length.min(room) + 1 }),
@@ -877,7 +925,7 @@ impl SessionInner {
         if bytes.len() > capacity {
             return Err(CallError::TooLarge { function: name.clone(), bytes: bytes.len() as u64, max });
         }
-        let mut frame = self.claim(|| name.clone())?;
+        let mut frame = self.claim(self.options.timeout, || name.clone())?;
         frame.reserve(Need::of(capacity), || name.clone())?;
         let block = frame.room(capacity);
         frame.write_at(block, &bytes);
@@ -895,15 +943,30 @@ impl SessionInner {
         decoded.ok_or_else(|| self.wrong_answer(name))
     }
 
-    /// A worker that answers something else than was asked is broken.
-    pub(crate) fn wrong_answer(&self, name: &FunctionName) -> CallError {
-        self.worker.breach(format!("its answer to {name} is none"), Some(self.id));
-        self.death_error(Some(name.clone()), true)
-    }
-
     /// Whether a call index that the worker gave can be a resolved function's.
     pub(crate) fn is_function_index(&self, index: u32) -> bool {
         (FUNCTIONS_BASE..FUNCTIONS_MAX).contains(&index)
+    }
+
+    /// The call index of a function that was resolved before.
+    pub(crate) fn resolved_before(&self, key: &(u32, Arc<str>, Signature, bool)) -> Option<u32> {
+        lock(&self.resolved).get(key).copied()
+    }
+
+    pub(crate) fn remember_resolved(&self, key: (u32, Arc<str>, Signature, bool), index: u32) {
+        lock(&self.resolved).insert(key, index);
+    }
+
+    /// A worker that answers something else than was asked is broken.
+    pub(crate) fn wrong_answer(&self, name: &FunctionName) -> CallError {
+        self.broken("an answer that is none".into(), name)
+    }
+
+    /// Ends a worker that gave something impossible as the result of a function.
+    #[cold]
+    pub(crate) fn broken(&self, what: String, name: &FunctionName) -> CallError {
+        self.worker.breach(format!("{what} from {name}"), Some(self.id));
+        self.death_error(Some(name.clone()), true)
     }
 
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
@@ -917,7 +980,7 @@ impl SessionInner {
     }
 
     fn close(&self) -> Result<(), CallError> {
-        let mut frame = self.claim(|| self.own_name("close"))?;
+        let mut frame = self.claim(self.options.timeout, || self.own_name("close"))?;
         let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
@@ -951,6 +1014,14 @@ impl SessionInner {
             frame.stage = Stage::Lost;
         }
     }
+}
+
+/// Bytes as a C string, which ends at the first NUL should there be one: native threads may change a string while it is copied.
+fn c_string(mut bytes: Vec<u8>) -> CString {
+    if let Some(end) = bytes.iter().position(|b| *b == 0) {
+        bytes.truncate(end);
+    }
+    CString::new(bytes).unwrap_or_default()
 }
 
 /// What the directory could not do, as an error that names it.
@@ -1020,6 +1091,8 @@ pub struct Frame<'s> {
     block: Option<ArenaBlock>,
     /// The request is the session's end.
     closes: bool,
+    /// The slot belongs to another frame, which waits for this one: it is not given back, nor is its scratch used.
+    borrowed: bool,
 }
 
 impl<'s> Frame<'s> {
@@ -1035,6 +1108,7 @@ impl<'s> Frame<'s> {
             end: 0,
             block: None,
             closes: false,
+            borrowed: false,
         }
     }
 
@@ -1053,7 +1127,7 @@ impl<'s> Frame<'s> {
         if need.total == 0 {
             return Ok(());
         }
-        if matches!(self.lane, Lane::Direct) && need.total <= SCRATCH_BYTES {
+        if matches!(self.lane, Lane::Direct) && need.total <= SCRATCH_BYTES && !self.borrowed {
             // The direct slot's scratch is its own: whoever has claimed the slot has the scratch.
             (self.cursor, self.end) = (0, need.total);
             let max = self.session.options.payload_bytes_max;
@@ -1187,7 +1261,8 @@ impl<'s> Frame<'s> {
             self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
         match waited {
             Waited::TimedOut => {
-                let worker_killed = session.options.on_deadline == OnDeadline::KillWorker;
+                // A slot on loan cannot be given up.
+                let worker_killed = session.options.on_deadline == OnDeadline::KillWorker || self.borrowed;
                 if worker_killed {
                     let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
                     session.worker.end(cause, Some(session.id));
@@ -1233,24 +1308,31 @@ impl<'s> Frame<'s> {
         Ok([self.reply(0), self.reply(1)])
     }
 
-    /// Copies a string of `length` bytes, as the worker says, out of `room` bytes at `target`.
-    pub(crate) fn string(
-        &self,
-        target: u64,
-        length: u64,
-        room: u64,
-        function: impl FnOnce() -> FunctionName,
-    ) -> Result<CString, CallError> {
-        let breach = |what: &str, function: FunctionName| {
-            self.session.worker.breach(format!("{what} from {function}"), Some(self.session.id));
-            self.session.death_error(Some(function), true)
-        };
-        if length > room {
-            return Err(breach(&format!("a string of {length} bytes in room for {room}"), function()));
-        }
+    /// Copies a string of `length` bytes out of the room at `target`, which has as many.
+    pub(crate) fn string(&self, target: u64, length: u64) -> CString {
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
         self.read_back(target, &mut bytes);
-        CString::new(bytes).map_err(|_| breach("a string with a NUL inside", function()))
+        c_string(bytes)
+    }
+
+    /// A frame for a request of the session's own that belongs to this call, whose reply is in: on the same slot if that is the direct one, else on any.
+    fn follow_up(&self, what: &'static str) -> Result<Frame<'s>, CallError> {
+        let session = self.session;
+        if !matches!(self.lane, Lane::Direct) {
+            return session.claim(session.options.timeout, || session.own_name(what));
+        }
+        let sequence = session.direct.published.load(Relaxed) + 1;
+        let mut frame = Frame::new(session, Lane::Direct, self.slot, sequence);
+        frame.borrowed = true;
+        Ok(frame)
+    }
+
+    /// Copies a returned string out of the block in which the worker keeps it, and frees that. Overwrites the reply.
+    pub(crate) fn fetch_string(&self, address: u64, length: u64) -> Result<CString, CallError> {
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
+        self.session.read_memory(address, &mut bytes, || self.follow_up("read"))?;
+        self.follow_up("free")?.run_fixed(fixed::FREE, &[address], "free")?;
+        Ok(c_string(bytes))
     }
 
     /// Takes the frame apart for a ticket.
@@ -1290,7 +1372,7 @@ impl Detached {
 impl Drop for Frame<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.stage == Stage::Replied && self.block.is_none() {
+        if self.stage == Stage::Replied && self.block.is_none() && !self.borrowed {
             return self.session.release(self.lane);
         }
         self.drop_slowly();
@@ -1300,6 +1382,12 @@ impl Drop for Frame<'_> {
 impl Frame<'_> {
     #[inline(never)]
     fn drop_slowly(&mut self) {
+        if self.borrowed {
+            if let Some(block) = self.block.take() {
+                self.session.free_block(block);
+            }
+            return;
+        }
         if self.session.is_forked() {
             return; // its locks may be held for ever, by threads that were not forked
         }

@@ -49,10 +49,14 @@ pub const NO_MEMORY: u64 = 4;
 /// Status: the request is none of this version, or names a function that was never resolved.
 pub const BAD_REQUEST: u64 = 5;
 
-/// In the length word of a returned string: the string is longer than the room for it.
+/// In the length word of a returned string: the string is longer than the limit that the request gave.
 pub const STRING_LONGER: u64 = u64::MAX;
 /// In the length word of a returned string: the function returned a null pointer.
 pub const STRING_NULL: u64 = u64::MAX - 1;
+/// In the length word of a returned string: the worker had no memory to keep a copy of it.
+pub const STRING_LOST: u64 = u64::MAX - 2;
+/// Words that a request has behind its arguments when the function returns a string: address of the room for it, bytes of room, longest length.
+pub const STRING_WORDS: usize = 3;
 
 /// Largest encoded [`Request`] or [`Answer`].
 pub const DIRECTORY_BYTES_MAX: usize = 16 << 10;

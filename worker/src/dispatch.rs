@@ -10,7 +10,8 @@
 //! `rax` or `xmm0`. The record already lists integer words first and float words after them (see [`hotcell_channel::signature`]), so
 //! the shape is loads and a call. Everything else (stack arguments, variadic functions, other machines) goes through libffi.
 
-use hotcell_channel::session::{STRING_LONGER, STRING_NULL};
+use crate::memory::Blocks;
+use hotcell_channel::session::{OK, STRING_LONGER, STRING_LOST, STRING_NULL, STRING_WORDS};
 use hotcell_channel::signature::{ARGS_MAX, Class, Signature, Type};
 use hotcell_channel::slot::{Slot, WORDS_MAX};
 use libffi::middle::{self, Cif};
@@ -69,7 +70,7 @@ impl Callable {
         }
         let (integers, floats) = signature.class_counts();
         let string = signature.returns == Type::CString;
-        let words = signature.args.len() + if string { 2 } else { 0 };
+        let words = signature.args.len() + if string { STRING_WORDS } else { 0 };
         // The fixed shapes read the slot. With all fourteen registers in use, the words of a returned string do not fit it any more.
         let registers_do = cfg!(target_arch = "x86_64")
             && words <= WORDS_MAX
@@ -98,31 +99,31 @@ impl Callable {
 
     /// Calls the function with the words in `slot` and leaves the result there.
     #[inline(always)]
-    pub(crate) fn invoke(&self, slot: &Slot) {
+    pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
         if self.plain {
             let result = self.call(slot);
             slot.set_word(0, result);
         } else {
-            self.invoke_with_extras(slot);
+            self.invoke_with_extras(slot, blocks);
         }
     }
 
-    fn invoke_with_extras(&self, slot: &Slot) {
+    fn invoke_with_extras(&self, slot: &Slot, blocks: &mut Blocks) {
         // The words behind the arguments say where a returned string goes; read them before the reply overwrites any word.
-        let (target, capacity) = if self.string {
+        let room = self.string.then(|| {
             let word = |i| if self.words > WORDS_MAX { spilled(slot, i) } else { slot.word(i) };
-            (word(self.words - 2), word(self.words - 1))
-        } else {
-            (0, 0)
-        };
+            [3, 2, 1].map(|behind| word(self.words - behind))
+        });
         if self.errno {
             set_errno(0);
         }
         let result = self.call(slot);
         let errno = if self.errno { get_errno() } else { 0 };
         slot.set_word(0, result);
-        if self.string {
-            slot.set_word(1, copy_string(result, target, capacity));
+        if let Some([target, capacity, limit]) = room {
+            let (address, length) = keep_string(result, target, capacity, limit, blocks);
+            slot.set_word(0, address);
+            slot.set_word(1, length);
         }
         slot.set_word(2, u64::from(errno.cast_unsigned()));
     }
@@ -256,30 +257,38 @@ fn spilled(slot: &Slot, index: usize) -> u64 {
     unsafe { word.read_volatile() }
 }
 
-/// Copies the string at `source` to `target`, at most `capacity` bytes, without its NUL. Gives its length.
-fn copy_string(source: u64, target: u64, capacity: u64) -> u64 {
-    let (Ok(source), Ok(target), Ok(room)) =
-        (usize::try_from(source), usize::try_from(target), usize::try_from(capacity))
-    else {
-        return STRING_LONGER;
-    };
+/// Copies the string at `source`, without its NUL, before another call can change it: to `target` if it fits the `capacity` there, else to a block of its own, which the
+/// host reads and frees. Gives the address of the string, or of the copy in a block, and the length word.
+fn keep_string(source: u64, target: u64, capacity: u64, limit: u64, blocks: &mut Blocks) -> (u64, u64) {
     if source == 0 {
-        return STRING_NULL;
+        return (0, STRING_NULL);
     }
-    let source = std::ptr::with_exposed_provenance::<libc::c_char>(source);
-    // SAFETY: `source` is what the function returned as a C string. If it is not one, this faults like any other use of it, inside the
+    let (Ok(from), Ok(most)) = (usize::try_from(source), usize::try_from(limit.saturating_add(1))) else {
+        return (source, STRING_LONGER);
+    };
+    let from = std::ptr::with_exposed_provenance::<libc::c_char>(from);
+    // SAFETY: `from` is what the function returned as a C string. If it is not one, this faults like any other use of it, inside the
     // call, and the crash report names the function.
-    let length = unsafe { libc::strnlen(source, room) };
-    // SAFETY: `length` bytes are readable (just read) and `target` has room for `capacity` bytes, which the host reserved in the arena for this call.
-    unsafe {
-        std::ptr::copy_nonoverlapping(
-            source.cast::<u8>(),
-            std::ptr::with_exposed_provenance_mut::<u8>(target),
-            length,
-        );
+    let length = unsafe { libc::strnlen(from, most) } as u64;
+    if length > limit {
+        return (source, STRING_LONGER);
     }
-    // With the room used up, one more byte would tell whether the string ends right there; the host asks again instead.
-    if length == room { STRING_LONGER } else { length as u64 }
+    let (address, to) = if length <= capacity {
+        (source, target)
+    } else {
+        match blocks.allocate(length) {
+            (OK, copy) => (copy, copy),
+            _ => return (source, STRING_LOST),
+        }
+    };
+    let (Ok(to), Ok(bytes)) = (usize::try_from(to), usize::try_from(length)) else {
+        return (source, STRING_LOST);
+    };
+    let to = std::ptr::with_exposed_provenance_mut::<u8>(to);
+    // SAFETY: `length` bytes were just readable at `from`. `to` has room for them: in the arena, where the host reserved `capacity` bytes for this
+    // call, or in the block made above.
+    unsafe { std::ptr::copy_nonoverlapping(from.cast::<u8>(), to, bytes) };
+    (address, length)
 }
 
 fn set_errno(value: i32) {
@@ -332,7 +341,7 @@ mod tests {
         for (i, word) in words.into_iter().enumerate() {
             slot.set_word(i, word);
         }
-        callable.invoke(&slot);
+        callable.invoke(&slot, &mut Blocks::default());
         assert_eq!(f64::from_bits(slot.word(0)), -1.0 + 20.0 + 200.0 + 3000.0);
     }
 
@@ -348,7 +357,7 @@ mod tests {
         .unwrap();
         let slot = Slot::default();
         slot.set_word(8, 0xffff_ffff_ffff_fffe);
-        callable.invoke(&slot);
+        callable.invoke(&slot, &mut Blocks::default());
         assert_eq!(slot.word(0) & 0xffff, 0xfffe);
     }
 }

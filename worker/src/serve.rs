@@ -57,7 +57,7 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
         running.store(function, Relaxed);
         let callable = function.checked_sub(FUNCTIONS_BASE).and_then(|i| session.functions.get(i as usize));
         if let Some(callable) = callable {
-            callable.invoke(slot);
+            callable.invoke(slot, &mut session.blocks);
         } else if function == session::CLOSE {
             break close(session, slot, bomb);
         } else {
