@@ -431,7 +431,12 @@ tests! {
         }
         for lie in ["string-in-rounds:3", "string-in-rounds:4"] {
             let result = Cell::new(lie).call_string();
-            assert!(matches!(result, Err(CallError::BadAddress { .. })), "{result:?}");
+            match result {
+                Err(CallError::StringLost { source, .. }) => {
+                    assert!(matches!(*source, CallError::BadAddress { .. }), "{source}");
+                }
+                other => panic!("{other:?}"),
+            }
         }
         // A string of as many NULs as there is room for.
         assert_call_is_a_breach(Cell::new("string-in-rounds:5").call_string());
@@ -661,6 +666,22 @@ tests! {
         let _grandchild = Grandchild::of_text(&String::from_utf8_lossy(&cell.worker.stderr_tail()));
         assert!(matches!(error, CallError::Crashed(_)), "{error:?} after {:?}", start.elapsed());
         assert!(!cell.worker.is_alive());
+    }
+
+    fn worker_that_cannot_be_killed_keeps_nobody_waiting() {
+        let cell = Cell::with(liar("grandchild-stops-the-exit").timeout(Duration::from_secs(3)));
+        assert!(matches!(cell.call(), Err(CallError::TimedOut { worker_killed: true, .. })));
+        let grandchild = Grandchild::of_text(&String::from_utf8_lossy(&cell.worker.stderr_tail()));
+        // Whether the kernel lets the tracer stop a killed process or not: a call ends, with the one cause that there is.
+        match cell.session.ping() {
+            Err(CallError::Crashed(report)) => {
+                assert!(matches!(report.cause(), Cause::DeadlineExceeded { .. }), "{report}");
+            }
+            Err(CallError::TimedOut { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+        drop(grandchild);
+        assert!(matches!(wait_for_the_end(&cell.worker).cause(), Cause::DeadlineExceeded { .. }));
     }
 }
 
