@@ -85,11 +85,14 @@ pub(crate) fn leave_a_scribbler(session: &Session, states: &'static [u32]) {
     });
 }
 
-/// A process that traces its parent, so that nobody else can collect it, and never lets go.
-pub(crate) fn leave_a_tracer() {
-    grandchild(|| {
+/// A process that traces its parent, so that nobody else can collect it, and never lets go. `stop_at_exit`: it also has the kernel stop the parent in the
+/// middle of its end, killed or not.
+pub(crate) fn leave_a_tracer(stop_at_exit: bool) {
+    use nix::sys::ptrace::Options;
+    grandchild(move || {
         let parent = getppid();
-        let traced = nix::sys::ptrace::seize(parent, nix::sys::ptrace::Options::empty());
+        let options = if stop_at_exit { Options::PTRACE_O_TRACEEXIT } else { Options::empty() };
+        let traced = nix::sys::ptrace::seize(parent, options);
         // The parent waits for this signal to know that it is traced.
         if traced.is_ok() {
             let _ = nix::sys::signal::kill(parent, Signal::SIGCONT);

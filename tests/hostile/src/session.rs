@@ -192,8 +192,12 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
             process::die(9);
         }),
         "grandchild-traces" => session.lie_in_calls(|_, _| {
-            process::leave_a_tracer();
+            process::leave_a_tracer(false);
             process::die(9);
+        }),
+        "grandchild-stops-the-exit" => session.lie_in_calls(|_, _| {
+            process::leave_a_tracer(true);
+            sleep_for_ever();
         }),
         "shouts" => session.lie_in_calls(|_, _| {
             let text = nasty_text(60_000);
