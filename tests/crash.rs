@@ -512,7 +512,7 @@ fn last_words_on_standard_error_are_in_the_report_and_harmless() {
     let _watchdog = watchdog();
     let report = dies("call_abort", |cell| {
         let say = cell.module.function::<fn(In<CStr>) -> i32>("say").unwrap();
-        say.call(&c"about to fail\n\x1b[2Jreason: 42\n").unwrap();
+        say.call(c"about to fail\n\x1b[2Jreason: 42\n").unwrap();
         cell.f0("call_abort").call()
     });
     assert_eq!(report.stderr_tail(), "about to fail\n\\u{1b}[2Jreason: 42\n");
@@ -529,7 +529,7 @@ fn standard_error_is_kept_to_its_last_bytes() {
         for _ in 0..100 {
             say.call(&line).unwrap();
         }
-        say.call(&c"the end\n").unwrap();
+        say.call(c"the end\n").unwrap();
         cell.f0("call_abort").call()
     });
     assert_eq!(report.stderr_tail().len(), hotcell::OUTPUT_TAIL_BYTES);
