@@ -300,6 +300,29 @@ fn corrupted_heap_ends_in_a_crash_of_the_worker_only() {
     next_worker_works();
 }
 
+/// The handler once entered itself again and again when the crash page was gone, and ate memory until the deadline: a damaged library that the dynamic linker
+/// had mapped over it did that.
+#[test]
+fn crash_without_the_crash_page_is_still_a_crash() {
+    let _watchdog = watchdog();
+    let report = dies("unmap", |cell| {
+        let unmap = cell.module.function::<fn(In<CStr>, i32) -> i32>("unmap").unwrap();
+        unmap.call(c"hotcell-crash", 1)
+    });
+    assert_eq!(*report.cause(), signaled(libc::SIGSEGV));
+    assert!(report.backtrace().is_empty() && report.instruction().is_none(), "{report}");
+}
+
+#[test]
+fn worker_that_unmaps_its_own_channel_crashes_at_its_reply() {
+    let _watchdog = watchdog();
+    let report = dies("unmap", |cell| {
+        let unmap = cell.module.function::<fn(In<CStr>, i32) -> i32>("unmap").unwrap();
+        unmap.call(c"memfd:hotcell ", 0)
+    });
+    assert_eq!(*report.cause(), signaled(libc::SIGSEGV));
+}
+
 // No return: the default deadline policy is to kill.
 
 #[test]
