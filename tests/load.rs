@@ -298,6 +298,7 @@ fn hanging_constructor_is_ended_by_the_deadline() {
         }
         other => panic!("{other:?}"),
     }
+    eventually("the death is known", || !worker.is_alive());
     is_gone(worker.pid());
     let report = worker.crash_report().unwrap();
     assert!(matches!(report.cause(), Cause::DeadlineExceeded { .. }), "{report}");
