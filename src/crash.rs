@@ -97,7 +97,9 @@ impl fmt::Display for Cause {
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),
             Cause::ProtocolBreach { what } => write!(f, "killed because it broke the protocol: {what}"),
-            Cause::Unknown => f.write_str("ended for an unknown reason (its status was collected or is kept elsewhere)"),
+            Cause::Unknown => {
+                f.write_str("ended for an unknown reason (its status was collected or is kept elsewhere)")
+            }
         }
     }
 }
