@@ -8,7 +8,7 @@
 //! HOTCELL_WORKER=target/debug/hotcell-worker \
 //!     python3 -c 'import ctypes; print(ctypes.CDLL("target/debug/examples/libembedded.so").isolated_power(2, 10))'
 //! ```
-#![allow(unsafe_code)] // an unmangled name can clash with another
+#![allow(unsafe_code)] // an unmangled name may clash with another; here none of that name is linked
 
 use hotcell::{Error, Worker};
 
@@ -19,7 +19,6 @@ fn power(base: i32, exponent: i32) -> Result<f64, Error> {
 }
 
 /// Computes a power in a worker; -1 if that fails, with the reason on standard error.
-// SAFETY: no other function of this name is linked.
 #[unsafe(no_mangle)]
 pub extern "C" fn isolated_power(base: i32, exponent: i32) -> i32 {
     match power(base, exponent) {

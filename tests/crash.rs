@@ -300,6 +300,29 @@ fn corrupted_heap_ends_in_a_crash_of_the_worker_only() {
     next_worker_works();
 }
 
+/// The handler once entered itself again and again when the crash page was gone, and ate memory until the deadline: a damaged library that the dynamic linker
+/// had mapped over it did that.
+#[test]
+fn crash_without_the_crash_page_is_still_a_crash() {
+    let _watchdog = watchdog();
+    let report = dies("unmap", |cell| {
+        let unmap = cell.module.function::<fn(In<CStr>, i32) -> i32>("unmap").unwrap();
+        unmap.call(c"hotcell-crash", 1)
+    });
+    assert_eq!(*report.cause(), signaled(libc::SIGSEGV));
+    assert!(report.backtrace().is_empty() && report.instruction().is_none(), "{report}");
+}
+
+#[test]
+fn worker_that_unmaps_its_own_channel_crashes_at_its_reply() {
+    let _watchdog = watchdog();
+    let report = dies("unmap", |cell| {
+        let unmap = cell.module.function::<fn(In<CStr>, i32) -> i32>("unmap").unwrap();
+        unmap.call(c"memfd:hotcell ", 0)
+    });
+    assert_eq!(*report.cause(), signaled(libc::SIGSEGV));
+}
+
 // No return: the default deadline policy is to kill.
 
 #[test]
@@ -512,7 +535,7 @@ fn last_words_on_standard_error_are_in_the_report_and_harmless() {
     let _watchdog = watchdog();
     let report = dies("call_abort", |cell| {
         let say = cell.module.function::<fn(In<CStr>) -> i32>("say").unwrap();
-        say.call(&c"about to fail\n\x1b[2Jreason: 42\n").unwrap();
+        say.call(c"about to fail\n\x1b[2Jreason: 42\n").unwrap();
         cell.f0("call_abort").call()
     });
     assert_eq!(report.stderr_tail(), "about to fail\n\\u{1b}[2Jreason: 42\n");
@@ -529,7 +552,7 @@ fn standard_error_is_kept_to_its_last_bytes() {
         for _ in 0..100 {
             say.call(&line).unwrap();
         }
-        say.call(&c"the end\n").unwrap();
+        say.call(c"the end\n").unwrap();
         cell.f0("call_abort").call()
     });
     assert_eq!(report.stderr_tail().len(), hotcell::OUTPUT_TAIL_BYTES);

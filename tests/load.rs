@@ -189,6 +189,9 @@ fn symbol_that_is_not_there_names_itself_and_its_module() {
         let error = module.function::<fn() -> i32>(symbol).expect_err("it is not there");
         let LoadError::MissingSymbol { function, .. } = &error else { panic!("{error:?}") };
         assert_eq!((&*function.symbol, &*function.module), (symbol, faulty().to_str().unwrap()));
+        if symbol == "no_such_function" {
+            assert!(error.to_string().contains("undefined symbol: no_such_function"), "{error}");
+        }
     }
     let add = module.function::<fn(i32, i32) -> i32>("add").unwrap();
     assert_eq!(add.call(2, 3).unwrap(), 5, "the session is none the worse");
@@ -298,6 +301,7 @@ fn hanging_constructor_is_ended_by_the_deadline() {
         }
         other => panic!("{other:?}"),
     }
+    eventually("the death is known", || !worker.is_alive());
     is_gone(worker.pid());
     let report = worker.crash_report().unwrap();
     assert!(matches!(report.cause(), Cause::DeadlineExceeded { .. }), "{report}");

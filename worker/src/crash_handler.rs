@@ -325,17 +325,19 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     HERE.with(|here| {
         let broken = here.step.load(Ordering::Relaxed);
         if broken != STEP_NONE {
-            if broken < STEP_DIE {
+            let next = if broken == STEP_FACTS { STEP_DIE } else { broken + 1 };
+            // Before anything that could fault again. A fault in FACTS may have been the page itself, which native code can unmap.
+            here.step.store(next, Ordering::Relaxed);
+            if next < STEP_DIE {
                 installed.page.mark_nested();
             }
-            let next = if broken == STEP_FACTS { STEP_DIE } else { broken + 1 };
             climb(installed, here, next, true);
             // This context is that of a fault in the handler, to which there is no way back.
             return die(here.signal.load(Ordering::Relaxed).cast_signed(), None);
         }
         here.signal.store(signal.cast_unsigned(), Ordering::Relaxed);
+        here.step.store(STEP_FACTS, Ordering::Relaxed);
         if installed.page.claim() {
-            here.step.store(STEP_FACTS, Ordering::Relaxed);
             let access = write_facts(installed.page, here, signal, info, context);
             here.step.store(STEP_UNWIND, Ordering::Relaxed);
             unwind(installed, here, context, access);

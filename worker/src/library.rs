@@ -35,12 +35,7 @@ impl Libraries {
                     Err(_) => failed(FailureKind::Linker, "too many modules"),
                 }
             }
-            Err(error) => {
-                use std::error::Error as _;
-                // The linker's own text is the error's source in libloading 0.9.
-                let text = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-                classify(&name.to_string_lossy(), text)
-            }
+            Err(error) => classify(&name.to_string_lossy(), linkers_words(&error)),
         }
     }
 
@@ -59,12 +54,17 @@ impl Libraries {
         let found = unsafe { library.get::<Option<unsafe extern "C" fn()>>(symbol.as_bytes()) };
         let address = match found {
             Ok(found) => *found,
-            Err(error) => return Err(failed(FailureKind::MissingSymbol, error.to_string())),
+            Err(error) => return Err(failed(FailureKind::MissingSymbol, linkers_words(&error))),
         };
         let address =
             address.ok_or_else(|| failed(FailureKind::MissingSymbol, "the symbol's address is null"))?;
         Callable::new(address, signature, errno).map_err(|why| failed(FailureKind::BadSignature, why))
     }
+}
+
+/// The dynamic linker's own text, which is the error's source in libloading 0.9.
+fn linkers_words(error: &dyn std::error::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The file's own story, before the dynamic linker is asked.
