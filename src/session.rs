@@ -827,9 +827,8 @@ impl SessionInner {
         }
         let base = self.region.geometry().arena_offset();
         let allocate = || {
-            lock(&self.arena).allocate(bytes, |offset, bytes| {
-                region::commit(self.region_fd.as_fd(), base + offset, bytes)
-            })
+            lock(&self.arena)
+                .allocate(bytes, |offset, bytes| region::commit(self.region_fd.as_fd(), base + offset, bytes))
         };
         allocate()
             .or_else(|_| {
