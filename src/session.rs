@@ -834,8 +834,16 @@ impl SessionInner {
             return Err(CallError::Forked);
         }
         let base = self.region.geometry().arena_offset();
-        lock(&self.arena)
-            .allocate(bytes, |offset, bytes| region::commit(self.region_fd.as_fd(), base + offset, bytes))
+        let allocate = || {
+            lock(&self.arena)
+                .allocate(bytes, |offset, bytes| region::commit(self.region_fd.as_fd(), base + offset, bytes))
+        };
+        allocate()
+            .or_else(|_| {
+                // Dropped tickets whose calls are over still have their blocks, until somebody looks.
+                self.reclaim(&mut lock(&self.ring));
+                allocate()
+            })
             .map_err(|source| CallError::NoRoom { function: function(), source: source.into() })
     }
 

@@ -1,0 +1,407 @@
+//! Workers are killed by the hundred, at random moments of a stream of calls: every call is accounted for exactly once, no result is ever wrong, what a report says about
+//! having run is true, and nothing is left behind.
+//!
+//! The worker keeps a ledger in a file: one byte for each call, raised when the call runs. It survives the worker and is compared with what the host was told.
+//!
+//! `HOTCELL_STORM_KILLS` sets the number of kills, `HOTCELL_STORM_SEED` repeats a storm.
+
+#[path = "common/process.rs"]
+mod process;
+
+use hotcell::{
+    CallError, CrashReport, Error, Function, In, InOut, Involvement, Module, Session, SessionBuilder, Worker,
+};
+use nix::sys::signal::{Signal, kill};
+use process::{Process, Random, isolated, library, raw_pid, until};
+use std::ffi::CStr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+const FIXTURE: &str = r#"
+#include <fcntl.h>
+#include <stdint.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static uint8_t *ledger;
+static uint64_t entries;
+
+int open_ledger(const char *path, uint64_t count) {
+  int fd = open(path, O_RDWR);
+  if (fd < 0) return -1;
+  ledger = mmap(0, count, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  entries = count;
+  close(fd);
+  return ledger == MAP_FAILED ? -2 : 0;
+}
+
+static void enter(uint64_t call) { if (call < entries) ledger[call]++; }
+
+uint64_t mix(uint64_t call, uint64_t x) {
+  enter(call);
+  x ^= call * 0x9e3779b97f4a7c15u;
+  return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u;
+}
+
+/* Adds to each byte; gives the sum of what was there. */
+uint64_t raise_by(uint64_t call, uint8_t *bytes, uint64_t count, uint8_t by) {
+  enter(call);
+  uint64_t sum = 0;
+  for (uint64_t i = 0; i < count; i++) { sum += bytes[i]; bytes[i] += by; }
+  return sum;
+}
+"#;
+
+/// Entries of the ledger: more calls than a worker serves in its short life.
+const LEDGER: usize = 1 << 20;
+/// Entries that one calling thread may use.
+const SHARE: u64 = 1 << 16;
+/// Tickets that one submitting thread keeps in flight.
+const IN_FLIGHT: usize = 120;
+
+fn mixed(call: u64, x: u64) -> u64 {
+    let x = x ^ call.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+/// What became of the calls of all threads.
+#[derive(Debug, Default)]
+struct Tally {
+    issued: AtomicU64,
+    right: AtomicU64,
+    crashed: AtomicU64,
+    may_have_run: AtomicU64,
+    killed_while_opening: AtomicU64,
+    in_flight_max: AtomicU64,
+}
+
+/// What the host was told of one call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    Ran,
+    MayHaveRun,
+    DidNotRun,
+}
+
+#[derive(Clone, Debug)]
+struct Functions {
+    mix: Function<fn(u64, u64) -> u64>,
+    raise_by: Function<fn(u64, InOut<[u8]>, u64, u8) -> u64>,
+}
+
+/// A thread's own calls: their numbers, and what became of them.
+struct Caller {
+    first: u64,
+    told: Vec<Told>,
+    random: Random,
+    tally: Arc<Tally>,
+}
+
+impl Caller {
+    /// The number of the next call; `None` when the thread has used its share.
+    fn next(&mut self) -> Option<u64> {
+        let used = self.told.len() as u64;
+        self.told.push(Told::DidNotRun);
+        self.tally.issued.fetch_add(1, Relaxed);
+        (used < SHARE).then_some(self.first + used)
+    }
+
+    /// Books the outcome of a call that was issued. Whether the worker is alive, as far as this call knows.
+    fn book(&mut self, call: u64, outcome: Result<bool, CallError>) -> bool {
+        let told = &mut self.told[usize::try_from(call - self.first).unwrap()];
+        match outcome {
+            Ok(right) => {
+                assert!(right, "call {call} gave a wrong result");
+                self.tally.right.fetch_add(1, Relaxed);
+                *told = Told::Ran;
+                true
+            }
+            Err(error) => {
+                let CallError::Crashed(report) = &error else { panic!("call {call}: {error:?}") };
+                check_report(report);
+                self.tally.crashed.fetch_add(1, Relaxed);
+                assert_eq!(error.may_have_run(), report.involvement() != Involvement::NotRun);
+                if error.may_have_run() {
+                    self.tally.may_have_run.fetch_add(1, Relaxed);
+                    *told = Told::MayHaveRun;
+                }
+                false
+            }
+        }
+    }
+
+    fn bytes(&mut self) -> (Vec<u8>, u8) {
+        // Sometimes more than the direct slot's own room, so that the arena has work too.
+        let count = match self.random.below(8) {
+            0 => 80_000 + self.random.below(100_000),
+            1..4 => self.random.below(64),
+            _ => self.random.below(5000),
+        };
+        let with = self.random.next().to_le_bytes()[0];
+        (vec![with; usize::try_from(count).unwrap()], with)
+    }
+
+    /// One call after the other, until the worker is dead.
+    fn blocking(&mut self, functions: &Functions) {
+        loop {
+            let Some(call) = self.next() else { panic!("the kill never came") };
+            let outcome = if self.random.below(4) == 0 {
+                let (mut bytes, with) = self.bytes();
+                let count = bytes.len() as u64;
+                let sum = functions.raise_by.call(call, &mut bytes, count, 3);
+                sum.map(|sum| {
+                    sum == count * u64::from(with) && bytes.iter().all(|byte| *byte == with.wrapping_add(3))
+                })
+            } else {
+                let x = self.random.next();
+                functions.mix.call(call, x).map(|y| y == mixed(call, x))
+            };
+            if !self.book(call, outcome) {
+                return;
+            }
+        }
+    }
+
+    /// Many calls in flight, redeemed in any order, until the worker is dead. Then every ticket is redeemed all the same.
+    fn submitting(&mut self, functions: &Functions) {
+        let mut flying = Vec::new();
+        let mut alive = true;
+        while alive {
+            while alive && flying.len() < IN_FLIGHT {
+                let Some(call) = self.next() else { panic!("the kill never came") };
+                let x = self.random.next();
+                match functions.mix.submit(call, x) {
+                    Ok(ticket) => flying.push((call, x, ticket)),
+                    Err(error) => {
+                        assert!(!error.may_have_run(), "a call that was not sent: {error:?}");
+                        alive = self.book(call, Err(error));
+                    }
+                }
+            }
+            self.tally.in_flight_max.fetch_max(flying.len() as u64, Relaxed);
+            for _ in 0..IN_FLIGHT / 2 {
+                let Some(last) = flying.len().checked_sub(1) else { break };
+                let at = usize::try_from(self.random.below(flying.len() as u64)).unwrap().min(last);
+                let (call, x, ticket) = flying.swap_remove(at);
+                let outcome = ticket.wait().map(|y| y == mixed(call, x));
+                alive &= self.book(call, outcome);
+            }
+        }
+        for (call, x, ticket) in flying {
+            let outcome = ticket.wait().map(|y| y == mixed(call, x));
+            self.book(call, outcome);
+        }
+    }
+
+    /// Buffers in flight: each ticket borrows its own.
+    fn submitting_buffers(&mut self, functions: &Functions) {
+        let mut alive = true;
+        while alive {
+            let mut buffers: Vec<_> = (0..40).map(|_| self.bytes()).collect();
+            let mut flying = Vec::new();
+            for (bytes, with) in &mut buffers {
+                let Some(call) = self.next() else { panic!("the kill never came") };
+                let count = bytes.len() as u64;
+                let expected = count * u64::from(*with);
+                match functions.raise_by.submit(call, bytes, count, 5) {
+                    Ok(ticket) => flying.push((call, expected, ticket)),
+                    Err(error) => {
+                        alive = self.book(call, Err(error));
+                        break;
+                    }
+                }
+            }
+            let mut all_right = alive;
+            for (call, expected, ticket) in flying {
+                let outcome = ticket.wait().map(|sum| sum == expected);
+                all_right &= self.book(call, outcome);
+            }
+            if all_right {
+                for (bytes, with) in &buffers {
+                    assert!(bytes.iter().all(|byte| *byte == with.wrapping_add(5)), "wrong bytes came back");
+                }
+            }
+            alive = all_right;
+        }
+    }
+}
+
+fn check_report(report: &CrashReport) {
+    assert_eq!(report.signal(), Some(libc::SIGKILL), "{report}");
+}
+
+/// Opens sessions and loads the library in them. The worker may be killed meanwhile.
+fn open(worker: &Worker, ledger: &CStr) -> Result<(Vec<Session>, Vec<Functions>), Error> {
+    let mut opened = (Vec::new(), Vec::new());
+    for slots in [256, 300] {
+        let session = worker.session_with(SessionBuilder::new().slots(slots))?;
+        let module = session.load(Module::ffi(library("kill_storm", FIXTURE)))?;
+        let open_ledger = module.function::<fn(In<CStr>, u64) -> i32>("open_ledger")?;
+        assert_eq!(open_ledger.call(ledger, LEDGER as u64)?, 0);
+        opened.1.push(Functions { mix: module.function("mix")?, raise_by: module.function("raise_by")? });
+        opened.0.push(session);
+    }
+    Ok(opened)
+}
+
+/// A file for the ledger of one worker after the other.
+struct Ledger {
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Ledger {
+    fn new() -> Self {
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = folder.path().join("ledger");
+        Self { _folder: folder, path }
+    }
+
+    fn clear(&self) {
+        let file = std::fs::File::create(&self.path).unwrap();
+        file.set_len(LEDGER as u64).unwrap();
+    }
+
+    fn check(&self, callers: &[(u64, Vec<Told>)]) {
+        let entries = std::fs::read(&self.path).unwrap();
+        let mut booked = 0;
+        for (first, told) in callers {
+            for (call, told) in (*first..).zip(told) {
+                let times = entries[usize::try_from(call).unwrap()];
+                booked += usize::from(times);
+                let fits = match told {
+                    Told::Ran => times == 1,
+                    Told::MayHaveRun => times <= 1,
+                    Told::DidNotRun => times == 0,
+                };
+                assert!(fits, "call {call} ran {times} times, and the host was told that it {told:?}");
+            }
+        }
+        let ran: usize = entries.iter().map(|times| usize::from(*times)).sum();
+        assert_eq!(ran, booked, "something ran that nobody called");
+    }
+}
+
+/// One worker from its start to its violent end.
+fn one_worker(random: &mut Random, ledger: &Ledger, tally: &Arc<Tally>) {
+    ledger.clear();
+    let worker = Worker::spawn().unwrap();
+    let process = Process::of(worker.pid());
+    let path = std::ffi::CString::new(ledger.path.to_str().unwrap()).unwrap();
+    let early = random.below(10) == 0;
+    let delay = Duration::from_micros(random.below(if early { 8000 } else { 6000 }));
+    let pid = raw_pid(worker.pid());
+    let killer = move || {
+        std::thread::sleep(delay);
+        kill(pid, Signal::SIGKILL).unwrap();
+    };
+    if early {
+        // Not collected before the report is there, so the number is still its own.
+        let killer = std::thread::spawn(killer);
+        let opened = open(&worker, &path);
+        killer.join().unwrap();
+        match opened {
+            Ok(_) => {}
+            Err(error) => {
+                let report = error.crash_report().unwrap_or_else(|| panic!("{error:?}"));
+                check_report(report);
+                tally.killed_while_opening.fetch_add(1, Relaxed);
+            }
+        }
+    } else {
+        let (_sessions, functions) = open(&worker, &path).unwrap();
+        let next = AtomicU32::new(0);
+        let told = std::thread::scope(|scope| {
+            let works: [(usize, fn(&mut Caller, &Functions)); 6] = [
+                (0, Caller::blocking),
+                (0, Caller::blocking),
+                (0, Caller::submitting),
+                (1, Caller::submitting),
+                (1, Caller::submitting_buffers),
+                (1, Caller::blocking),
+            ];
+            let threads = works.map(|(session, work)| {
+                let first = u64::from(next.fetch_add(1, Relaxed)) * SHARE;
+                let mut caller = Caller {
+                    first,
+                    told: Vec::new(),
+                    random: Random(random.next()),
+                    tally: Arc::clone(tally),
+                };
+                let functions = &functions[session];
+                scope.spawn(move || {
+                    work(&mut caller, functions);
+                    (caller.first, caller.told)
+                })
+            });
+            killer();
+            threads.map(|thread| thread.join().unwrap())
+        });
+        ledger.check(&told);
+        // After the end there is only the end.
+        assert!(matches!(functions[0].mix.call(0, 0), Err(CallError::Crashed(_))));
+    }
+    let report = until("the report", || worker.crash_report());
+    check_report(&report);
+    assert!(process.is_gone(), "the report comes after the process was collected");
+}
+
+#[test]
+fn every_call_is_accounted_for_when_workers_are_killed() {
+    let number = |name, default| match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name} is {text}, which is no number")),
+        Err(_) => default,
+    };
+    let kills: u64 = number("HOTCELL_STORM_KILLS", 500);
+    let seed: u64 = number("HOTCELL_STORM_SEED", 20_260_101);
+    isolated("every_call_is_accounted_for_when_workers_are_killed", 180 + kills / 2, || {
+        let tally = Arc::new(Tally::default());
+        let storm = |seed: u64, kills: u64| {
+            let tally = Arc::clone(&tally);
+            std::thread::spawn(move || {
+                let (mut random, ledger) = (Random(seed), Ledger::new());
+                for round in 0..kills {
+                    let at_round = random.clone();
+                    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                        one_worker(&mut random, &ledger, &tally);
+                    }));
+                    if let Err(panic) = done {
+                        eprintln!(
+                            "round {round} of the storm with seed {seed}; the round alone has seed {}",
+                            at_round.0
+                        );
+                        std::panic::resume_unwind(panic);
+                    }
+                }
+            })
+        };
+        let both = |seed: u64, kills: u64| {
+            eprintln!("storms with seeds {seed} and {}: {kills} kills", seed + 1);
+            let storms = [storm(seed, kills / 2), storm(seed + 1, kills - kills / 2)];
+            let ends = storms.map(std::thread::JoinHandle::join);
+            assert!(ends.iter().all(Result::is_ok));
+        };
+        let me = std::process::id();
+        // The first of everything costs memory once: threads' arenas, the library's own threads.
+        both(seed, 20);
+        let settled = || {
+            until("the library to let go", || (process::region_mappings(me) == 0).then_some(()));
+            (process::descriptors(me), process::threads(me), process::kib(me, "VmRSS"))
+        };
+        let before = settled();
+        both(seed + 2, kills.max(20) - 20);
+        let after = settled();
+        eprintln!("{tally:?}");
+        eprintln!("resident before and after: {} and {} KiB", before.2, after.2);
+        assert_eq!(tally.issued.load(Relaxed), tally.right.load(Relaxed) + tally.crashed.load(Relaxed));
+        assert!(tally.right.load(Relaxed) > 0 && tally.may_have_run.load(Relaxed) > 0);
+        assert!(tally.crashed.load(Relaxed) > kills * 50, "hundreds of calls were in flight at each kill");
+        assert_eq!(after.0, before.0, "descriptors");
+        assert_eq!(after.1, before.1, "threads");
+        assert!(after.2 < before.2 + 64 * 1024, "{} KiB before, {} KiB after", before.2, after.2);
+        assert_eq!(process::workers_of(me), Vec::<u32>::new());
+        assert_eq!(process::zombies(), Vec::<u32>::new());
+    });
+}
