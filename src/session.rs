@@ -983,7 +983,8 @@ impl SessionInner {
         if matches!(self.refuse(&|| self.own_name("close")), Err(CallError::Abandoned { .. })) {
             return self.close_later();
         }
-        self.close_within(self.worker.grace());
+        // A grace period without an end is not one for a drop.
+        self.close_within(self.worker.grace().min(Duration::from_secs(10)));
         let _ = self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed);
     }
 

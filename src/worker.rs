@@ -674,6 +674,8 @@ impl WorkerInner {
             None => (Self::cause_of(status, facts.as_ref()), facts.as_ref().and_then(|f| f.session)),
         };
         let culprit = blamed.or(match (&cause, &running[..]) {
+            // The crash handler ran, on a thread of no session: a thread that foreign code has started.
+            (Cause::Signaled { .. } | Cause::StackOverflow { .. }, _) if facts.is_some() => None,
             // With one call running there is only one that can have done it.
             (Cause::Exited { .. } | Cause::Signaled { .. } | Cause::StackOverflow { .. }, [(session, _)]) => {
                 Some(*session)

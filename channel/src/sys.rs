@@ -95,6 +95,8 @@ pub struct Usage {
     /// CPU time in the kernel.
     pub system: Duration,
     /// Largest resident set, in bytes.
+    ///
+    /// Linux counts from before the program was started: the least value is what the starting process had resident.
     pub resident_bytes_max: u64,
     /// Page faults that needed no input or output.
     pub minor_faults: u64,

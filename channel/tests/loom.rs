@@ -32,15 +32,15 @@ fn check(preemptions: Option<usize>, body: impl Fn() + Sync + Send + 'static) {
 /// The worker's loop for `count` requests: answers each word with its successor.
 fn serve(shared: &Shared, policy: Policy, count: u32) {
     let spin = Spin::new(policy);
-    let mut prefer = Which::Ring;
+    let mut last = Which::Direct;
     for _ in 0..count {
         let which =
-            wait::wait_request(&shared.direct, &shared.ring, prefer, &spin, &shared.bell, &shared.progress);
+            wait::wait_request(&shared.direct, &shared.ring, last, &spin, &shared.bell, &shared.progress);
         let slot = match which {
             Which::Direct => &shared.direct,
             Which::Ring => &shared.ring,
         };
-        prefer = if which == Which::Direct { Which::Ring } else { Which::Direct };
+        last = which;
         slot.set_word(0, slot.word(0) + 1);
         wait::reply(slot);
     }

@@ -35,19 +35,18 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     let spin = Spin::new(policy);
     let (mut direct_count, mut ring_count) = (0u64, 0u64);
     let mut ring = region.slot(0);
-    let mut prefer = Which::Ring;
+    let mut last = Which::Direct;
     listening();
     loop {
-        let which = wait::wait_request(direct, ring, prefer, &spin, bell, progress);
+        let which = wait::wait_request(direct, ring, last, &spin, bell, progress);
+        last = which;
         let slot = match which {
             Which::Direct => {
-                prefer = Which::Ring;
                 direct_count += 1;
                 progress.take_direct(direct_count);
                 direct
             }
             Which::Ring => {
-                prefer = Which::Direct;
                 ring_count += 1;
                 progress.take_ring(ring_count);
                 ring
