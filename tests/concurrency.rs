@@ -58,13 +58,17 @@ fn mixed(a: u64, b: u64) -> u64 {
     (a ^ (a >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(b)
 }
 
+type Mix = fn(u64, u64) -> u64;
+type Sum = fn(In<[u8]>, u64) -> u64;
+type SumAndRaise = fn(InOut<[u8]>, u64) -> u64;
+
 #[derive(Clone, Debug)]
 struct Functions {
-    mix: Function<fn(u64, u64) -> u64>,
+    mix: Function<Mix>,
     ordinal: Function<fn() -> u64>,
     alone: Function<fn() -> bool>,
-    sum_and_raise: Function<fn(InOut<[u8]>, u64) -> u64>,
-    sum: Function<fn(In<[u8]>, u64) -> u64>,
+    sum_and_raise: Function<SumAndRaise>,
+    sum: Function<Sum>,
     wait_for: Function<fn(In<str>) -> i32>,
 }
 
@@ -101,7 +105,7 @@ impl Gate {
 /// One thread's share: calls of every kind, blocking and submitted, each result checked.
 fn work(functions: &Functions, seed: u64, rounds: u64, done: &AtomicU64) {
     let mut random = Random(seed);
-    let mut flying: VecDeque<(u64, u64, Ticket<'_, fn(u64, u64) -> u64>)> = VecDeque::new();
+    let mut flying = VecDeque::<(u64, u64, Ticket<'_, Mix>)>::new();
     for _ in 0..rounds {
         let (a, b) = (random.next(), random.next());
         match random.below(6) {
@@ -420,7 +424,7 @@ fn tickets_are_redeemed_on_other_threads() {
     let worker = Worker::spawn().unwrap();
     let functions = functions(&worker.session().unwrap());
     std::thread::scope(|scope| {
-        let (sender, receiver) = mpsc::sync_channel::<(u64, Ticket<'_, fn(u64, u64) -> u64>)>(50);
+        let (sender, receiver) = mpsc::sync_channel::<(u64, Ticket<'_, Mix>)>(50);
         let redeemed = scope.spawn(move || {
             let mut count = 0;
             for (i, ticket) in receiver {

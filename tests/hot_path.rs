@@ -96,14 +96,18 @@ fn allocations_of(work: impl FnOnce()) -> u64 {
     ALLOCATIONS.with(Cell::get) - before
 }
 
+type Sum = fn(In<[u8]>, u64) -> u64;
+type Fill = fn(Out<[u8]>, u64, u8);
+type RaiseEach = fn(InOut<[u8]>, u64);
+
 /// Every kind of call that is meant to be fast.
 struct Calls {
     _session: Session,
     add: Function<fn(u64, u64) -> u64>,
     by_name: DynFunction,
-    sum: Function<fn(In<[u8]>, u64) -> u64>,
-    fill: Function<fn(Out<[u8]>, u64, u8)>,
-    raise_each: Function<fn(InOut<[u8]>, u64)>,
+    sum: Function<Sum>,
+    fill: Function<Fill>,
+    raise_each: Function<RaiseEach>,
     sum_by_name: DynFunction,
     lock_down: Function<fn(u32) -> i32>,
     small: [u8; 64],
@@ -185,8 +189,8 @@ impl Calls {
 
     fn warm_up(&mut self) {
         for i in 0..300 {
-            for kind in 0..KINDS.len() {
-                assert!(self.make(kind, i), "{}", KINDS[kind]);
+            for (kind, name) in KINDS.iter().enumerate() {
+                assert!(self.make(kind, i), "{name}");
             }
         }
     }

@@ -85,11 +85,17 @@ enum Told {
     DidNotRun,
 }
 
+type Mix = fn(u64, u64) -> u64;
+type RaiseBy = fn(u64, InOut<[u8]>, u64, u8) -> u64;
+
 #[derive(Clone, Debug)]
 struct Functions {
-    mix: Function<fn(u64, u64) -> u64>,
-    raise_by: Function<fn(u64, InOut<[u8]>, u64, u8) -> u64>,
+    mix: Function<Mix>,
+    raise_by: Function<RaiseBy>,
 }
+
+/// What one thread does until its worker is dead.
+type Work = fn(&mut Caller, &Functions);
 
 /// A thread's own calls: their numbers, and what became of them.
 struct Caller {
@@ -314,7 +320,7 @@ fn one_worker(random: &mut Random, ledger: &Ledger, tally: &Arc<Tally>) {
         let (_sessions, functions) = open(&worker, &path).unwrap();
         let next = AtomicU32::new(0);
         let told = std::thread::scope(|scope| {
-            let works: [(usize, fn(&mut Caller, &Functions)); 6] = [
+            let works: [(usize, Work); 6] = [
                 (0, Caller::blocking),
                 (0, Caller::blocking),
                 (0, Caller::submitting),
@@ -387,7 +393,9 @@ fn every_call_is_accounted_for_when_workers_are_killed() {
         // The first of everything costs memory once: threads' arenas, the library's own threads.
         both(seed, 20);
         let settled = || {
-            until("the library to let go", || (process::region_mappings(me) == 0).then_some(()));
+            until("the library to let go", || {
+                (process::region_mappings(me) == 0 && process::pidfds(me) == 0).then_some(())
+            });
             (process::descriptors(me), process::threads(me), process::kib(me, "VmRSS"))
         };
         let before = settled();

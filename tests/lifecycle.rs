@@ -473,6 +473,7 @@ fn a_hundred_workers_started_by_eight_threads_come_and_go() {
     isolated("a_hundred_workers_started_by_eight_threads_come_and_go", 120, || {
         let me = std::process::id();
         Worker::spawn().unwrap().dispose();
+        until("the first worker to be forgotten", || (process::pidfds(me) == 0).then_some(()));
         let before = (descriptors(me), threads(me));
         let workers: Vec<Worker> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
@@ -561,10 +562,10 @@ fn captured_output_comes_as_events_in_order_and_the_end_comes_last() {
     let say = module.function::<fn(i32, In<str>) -> i32>("say").unwrap();
     let mut expected = [String::new(), String::new()];
     for i in 0..50 {
-        for fd in [1, 2] {
+        for (fd, expected) in (1..).zip(&mut expected) {
             let text = format!("{fd}:{i};");
             say.call(fd, &text).unwrap();
-            expected[fd as usize - 1] += &text;
+            *expected += &text;
         }
     }
     // Written, and then ended at once: nothing of it is lost.

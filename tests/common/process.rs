@@ -195,6 +195,11 @@ pub(crate) fn descriptors(pid: u32) -> Vec<(u32, String)> {
     found
 }
 
+/// How many other processes a process watches: the library has one descriptor of this kind for each worker, until it has forgotten it.
+pub(crate) fn pidfds(pid: u32) -> usize {
+    descriptors(pid).iter().filter(|(_, target)| target.contains("pidfd")).count()
+}
+
 pub(crate) fn threads(pid: u32) -> usize {
     std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count)
 }
