@@ -11,6 +11,7 @@ use hotcell_channel::sys::{self, WaitStatus};
 pub use hotcell_channel::wait::Policy as WaitPolicy;
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -568,7 +569,8 @@ impl WorkerInner {
                 inbox.dead.then_some(None)
             }),
             // The other end takes nothing any more: its death is on its way to the monitor, or else it lives on without a tie to this host.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+            // While it is being closed the kernel says that it was reset.
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
                 if self.wait_inbox(HANG_UP_GRACE, |inbox| inbox.dead.then_some(())).is_none() {
                     self.breach("it shut its control socket and lived on", None);
                     self.wait_gone();
