@@ -850,6 +850,9 @@ impl SessionInner {
     /// Frees a block that calls may have been given. A call that nobody waits for any more (a dropped ticket, an abandoned call) may still use it: then it is kept until
     /// there is none.
     fn free_when_unused(&self, block: ArenaBlock) {
+        if self.is_forked() {
+            return; // the lock may be held for ever, by a thread that was not forked
+        }
         let mut ring = lock(&self.ring);
         self.reclaim(&mut ring);
         if ring.orphans.is_empty() && lock(&self.abandoned).is_empty() {
