@@ -376,7 +376,7 @@ fn a_fork_of_the_host_can_use_nothing_and_harm_nothing() {
                 assert!(matches!(session.read(remote, &mut [0; 8]), Err(CallError::Forked)));
                 assert!(matches!(worker.session(), Err(StartError::Forked)));
                 assert!(matches!(Worker::spawn(), Err(StartError::Forked)));
-                assert!(module.function::<fn(i32, i32) -> i32>("add").is_err());
+                assert!(module.function::<fn(i32)>("leave").is_err());
                 worker.dispose();
                 drop((dropped, ticket, big, by_name, add, module, session, worker));
             },

@@ -211,10 +211,12 @@ pub(crate) fn kib(pid: u32, line: &str) -> u64 {
     line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
-/// How many mappings of shared regions a process has.
+/// How many shared regions a process has mapped. One may show as several mappings with different rights or advice.
 pub(crate) fn region_mappings(pid: u32) -> usize {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    maps.lines().filter(|line| line.contains("memfd:hotcell")).count()
+    let inodes =
+        maps.lines().filter(|line| line.contains("memfd:hotcell")).map(|line| line.split_whitespace().nth(4));
+    inodes.collect::<std::collections::HashSet<_>>().len()
 }
 
 /// The names in a folder.
