@@ -641,8 +641,21 @@ impl<F: FunctionType> Function<F> {
     /// # Errors
     /// See [`CallError`].
     #[inline(always)]
-    pub fn call_tuple(&self, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let mut frame = self.session.claim(self.timeout, || FunctionName::clone(&self.name))?;
+    pub fn call_tuple(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        match self.session.claim_direct() {
+            Some(frame) => self.call_in(frame, values),
+            None => self.call_elsewhere(values),
+        }
+    }
+
+    #[inline(never)]
+    fn call_elsewhere(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        let frame = self.session.claim(self.timeout, || FunctionName::clone(&self.name))?;
+        self.call_in(frame, values)
+    }
+
+    #[inline(always)]
+    fn call_in(&self, mut frame: Frame<'_>, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
         let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
         frame.publish(self.index, self.label);
         frame.wait(self.timeout, || FunctionName::clone(&self.name))?;

@@ -317,6 +317,17 @@ struct Declared {
     takes_callback: bool,
 }
 
+/// A call whose arguments have been checked.
+struct Prepared<const WORDS: usize> {
+    index: u32,
+    words: [u64; WORDS],
+    need: Need,
+    /// Words of the request.
+    count: usize,
+    /// Whether a string comes back.
+    string: bool,
+}
+
 impl DynFunction {
     pub(crate) fn resolve(module: &Module, symbol: &str, signature: Signature) -> Result<Self, LoadError> {
         let resolved = module.resolve(symbol, &signature, false)?;
@@ -439,7 +450,35 @@ impl DynFunction {
         if count > WORDS_MAX {
             need.add(count * size_of::<u64>());
         }
-        let mut frame = self.session.claim(self.timeout, || name.clone())?;
+        let call = Prepared { index, words, need, count, string };
+        match self.session.claim_direct() {
+            Some(frame) => self.call_in(frame, args, call, more),
+            None => self.call_elsewhere(args, call, more),
+        }
+    }
+
+    #[inline(never)]
+    fn call_elsewhere<const WORDS: usize, T>(
+        &self,
+        args: &mut [Arg<'_>],
+        call: Prepared<WORDS>,
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
+        let frame = self.session.claim(self.timeout, || FunctionName::clone(&self.function.name))?;
+        self.call_in(frame, args, call, more)
+    }
+
+    #[inline(always)]
+    fn call_in<const WORDS: usize, T>(
+        &self,
+        mut frame: Frame<'_>,
+        args: &mut [Arg<'_>],
+        call: Prepared<WORDS>,
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
+        let Declared { name, signature, words: places, .. } = &*self.function;
+        let name: &FunctionName = name;
+        let Prepared { index, mut words, need, count, string } = call;
         frame.reserve(need, || name.clone())?;
         for (at, (arg, place)) in args.iter().zip(places).enumerate() {
             let word = &mut words[usize::from(*place)];
