@@ -1273,6 +1273,7 @@ impl<'s> Frame<'s> {
             &session.spin,
             session.region.bell(),
             session.region.progress(),
+            self.sequence,
             timeout,
             || matches!(session.status.load(SeqCst), OPEN | ABANDONED),
         )

@@ -6,15 +6,16 @@
 //! write, so that no worker can make it sleep for ever. The worker's ends by a request only: a worker trusts its host, and
 //! the kernel ends it when the host is gone.
 //!
-//! **How long to spin.** Spinning pays if the answer comes sooner than a sleep and a wake-up would take (about 5 µs where cores are
-//! near, 10 µs where they are far), so a caller spins for at most [`SPIN_MAX`]. A budget adapts: a spin that missed halves it, a sleep that turned
-//! out shorter than [`SPIN_MAX`] restores it, and while both sides were last seen on the same CPU it is zero, since the
-//! other cannot run while we spin.
+//! **How long to spin.** Spinning pays if the answer comes sooner than a sleep and a wake-up would take: about 5 µs where a core is kept awake, 50 µs where it halts
+//! (a virtual machine's). So a side spins for at most [`SPIN_MAX`]. It spins less when that keeps missing: each miss in a row halves
+//! the time. It goes back to the full time as soon as a longer spin hits, or a miss comes after many quick calls in a row; and every [`PROBE_EVERY`]
+//! misses it tries the full time once, so that a caller whose calls have become shorter finds out. While both sides were last seen on the same CPU it does not spin at
+//! all, since the other cannot run while we do.
 
 use crate::slot::{Doorbell, Progress, Slot, Turn};
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::AtomicU32 as StdAtomicU32;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicU32 as StdAtomicU32, AtomicU64 as StdAtomicU64};
 use std::time::{Duration, Instant};
 
 #[cfg(loom)]
@@ -30,9 +31,15 @@ use crate::sys::{futex_wait, futex_wake};
 /// Longest sleep of a host before it looks at its own facts again.
 pub const SLICE: Duration = Duration::from_millis(50);
 /// Longest spin under [`Policy::Adaptive`].
-pub const SPIN_MAX: Duration = Duration::from_micros(25);
-const SPIN_NS_MAX: u32 = 25_000;
-const SPIN_NS_MIN: u32 = 500;
+pub const SPIN_MAX: Duration = Duration::from_micros(50);
+/// Halvings of [`SPIN_MAX`] at most.
+const HALVINGS_MAX: u32 = 7;
+/// Misses in a row between two attempts with the full time.
+const PROBE_EVERY: u32 = 16;
+/// Calls without a miss that show that spinning pays.
+const DENSE_CALLS: u64 = 16;
+/// In place of the misses in a row: both sides share a CPU.
+const SAME_CPU: u32 = u32::MAX;
 /// Looks between two looks at the clock. The model check explores every order of them, so there it makes do with one.
 const LOOKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A worker that expects its next request in one slot looks at the other once in so many looks.
@@ -54,15 +61,26 @@ pub enum Policy {
 #[derive(Debug)]
 pub struct Spin {
     policy: Policy,
-    budget_ns: StdAtomicU32,
+    /// Misses in a row, or [`SAME_CPU`].
+    misses: StdAtomicU32,
+    /// How many calls there had been at the last miss.
+    calls_at_miss: StdAtomicU64,
 }
 
 impl Spin {
-    /// Starts with the full budget.
+    /// Starts with the full time.
     pub fn new(policy: Policy) -> Self {
+        Self { policy, misses: StdAtomicU32::new(0), calls_at_miss: StdAtomicU64::new(0) }
+    }
+
+    fn budget(&self) -> Duration {
         // Under the model check no time passes: one look, then sleep.
-        let start = if policy == Policy::Park || cfg!(loom) { 0 } else { SPIN_NS_MAX };
-        Self { policy, budget_ns: StdAtomicU32::new(start) }
+        match self.misses.load(Relaxed) {
+            _ if self.policy == Policy::Park || cfg!(loom) => Duration::ZERO,
+            SAME_CPU => Duration::ZERO,
+            misses if misses % PROBE_EVERY == 0 => SPIN_MAX,
+            misses => SPIN_MAX / (1 << misses.min(HALVINGS_MAX)),
+        }
     }
 
     /// The policy.
@@ -70,46 +88,43 @@ impl Spin {
         self.policy
     }
 
-    /// Spins until `ready` or the budget is used up. True if ready. `keep_on` is asked from time to time under [`Policy::Spin`], which
-    /// has no budget.
+    /// Spins until `ready` or the time is used up. `keep_on` is asked from time to time under [`Policy::Spin`], which has no such time.
     #[cold]
     #[inline(never)]
-    fn spin_on(&self, ready: impl Fn() -> bool, mut keep_on: impl FnMut() -> bool) -> bool {
-        let budget = Duration::from_nanos(self.budget_ns.load(Relaxed).into());
+    fn spin_on(&self, ready: impl Fn() -> bool, mut keep_on: impl FnMut() -> bool) {
+        let budget = self.budget();
         let start = Instant::now();
         loop {
             for _ in 0..LOOKS {
                 if ready() {
-                    return true;
+                    // A spin longer than the first looks has paid.
+                    if self.misses.load(Relaxed) != 0 {
+                        self.misses.store(0, Relaxed);
+                    }
+                    return;
                 }
                 pause();
             }
             if self.policy == Policy::Spin {
                 if !keep_on() {
-                    return false;
+                    return;
                 }
             } else if start.elapsed() >= budget {
-                return false;
+                return;
             }
         }
     }
 
-    /// Learns from a spin that missed and the sleep after it.
-    fn learn(&self, waited: Duration, same_cpu: bool) {
-        if self.policy != Policy::Adaptive {
-            return;
-        }
-        let now = self.budget_ns.load(Relaxed);
-        let next = if same_cpu {
-            0
-        } else if waited < SPIN_MAX {
-            SPIN_NS_MAX
-        } else {
-            (now / 2).max(SPIN_NS_MIN)
+    /// Learns from a spin that missed, at the `calls`-th call of this side.
+    fn missed(&self, calls: u64, same_cpu: bool) {
+        let since = calls.wrapping_sub(self.calls_at_miss.swap(calls, Relaxed));
+        let next = match self.misses.load(Relaxed) {
+            _ if same_cpu => SAME_CPU,
+            _ if since >= DENSE_CALLS => 0,
+            SAME_CPU => 1,
+            misses => (misses + 1) % (PROBE_EVERY << 16),
         };
-        if next != now {
-            self.budget_ns.store(next, Relaxed);
-        }
+        self.misses.store(next, Relaxed);
     }
 }
 
@@ -143,13 +158,15 @@ pub enum Waited {
 
 /// Host: waits for the reply in `slot`.
 ///
-/// `alive` reads facts that only this process writes; once it answers false, a slot without a reply is given up. `timeout` counts from now.
+/// `alive` reads facts that only this process writes; once it answers false, a slot without a reply is given up. `timeout` counts from now. `calls` is how many calls this side has made,
+/// for the rule of how long to spin.
 #[inline(always)]
 pub fn wait_reply(
     slot: &Slot,
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
+    calls: u64,
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
@@ -161,7 +178,7 @@ pub fn wait_reply(
             pause();
         }
     }
-    wait_reply_slow(slot, spin, bell, progress, timeout, alive)
+    wait_reply_slow(slot, spin, bell, progress, calls, timeout, alive)
 }
 
 #[cold]
@@ -171,6 +188,7 @@ fn wait_reply_slow(
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
+    calls: u64,
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
@@ -210,7 +228,7 @@ fn wait_reply_slow(
         futex_wait(slot.futex(), armed, Some(left.min(SLICE)));
     };
     if missed {
-        spin.learn(start.elapsed(), progress.worker_cpu() == cpu());
+        spin.missed(calls, progress.worker_cpu() == cpu());
     }
     waited
 }
@@ -264,7 +282,7 @@ pub enum Which {
 
 /// Worker: waits for a request in the direct slot or in the ring's next slot. `last` is the one served last: the next request is expected there, and
 /// it is looked at every time; the other one first of all, so that neither starves, and then every [`OTHER_EVERY`] looks. (Looking at both every time costs a
-/// near call a tenth of its time.)
+/// near call a tenth of its time.) `calls` is how many requests it has served, for the rule of how long to spin.
 #[inline(always)]
 pub fn wait_request(
     direct: &Slot,
@@ -273,6 +291,7 @@ pub fn wait_request(
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
+    calls: u64,
 ) -> Which {
     let (warm, other, else_which) = match last {
         Which::Direct => (direct, ring, Which::Ring),
@@ -289,7 +308,7 @@ pub fn wait_request(
             pause();
         }
     }
-    wait_request_slow(direct, ring, last, spin, bell, progress)
+    wait_request_slow(direct, ring, last, spin, bell, progress, calls)
 }
 
 #[cold]
@@ -301,6 +320,7 @@ fn wait_request_slow(
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
+    calls: u64,
 ) -> Which {
     let found = || {
         let (direct, ring) = (direct.has_request(), ring.has_request());
@@ -316,7 +336,7 @@ fn wait_request_slow(
     }
     match found() {
         Some(which) => which,
-        None => park_for_request(direct, ring, found, spin, bell, progress),
+        None => park_for_request(direct, ring, found, spin, bell, progress, calls),
     }
 }
 
@@ -327,9 +347,8 @@ fn park_for_request(
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
+    calls: u64,
 ) -> Which {
-    let start = Instant::now();
-    let spun = Duration::from_nanos(spin.budget_ns.load(Relaxed).into());
     progress.set_worker_cpu(cpu());
     loop {
         let heard = bell.read();
@@ -341,7 +360,7 @@ fn park_for_request(
             direct.disarm_request();
             ring.disarm_request();
             progress.set_worker_cpu(cpu());
-            spin.learn(spun + start.elapsed(), bell.host_cpu() == cpu());
+            spin.missed(calls, bell.host_cpu() == cpu());
             return which;
         }
     }
@@ -404,8 +423,9 @@ mod tests {
                     s.spawn(|| {
                         let spin = Spin::new(worker);
                         let mut last = Which::Direct;
-                        for _ in 0..400 {
-                            let which = wait_request(&p.direct, &p.ring, last, &spin, &p.bell, &p.progress);
+                        for served in 0..400 {
+                            let which =
+                                wait_request(&p.direct, &p.ring, last, &spin, &p.bell, &p.progress, served);
                             let slot = if which == Which::Direct { &p.direct } else { &p.ring };
                             last = which;
                             slot.set_word(0, slot.word(0) + 1);
@@ -418,7 +438,9 @@ mod tests {
                         slot.set_word(0, i);
                         publish(slot, &p.bell);
                         let waited =
-                            wait_reply(slot, &spin, &p.bell, &p.progress, Duration::from_secs(20), || true);
+                            wait_reply(slot, &spin, &p.bell, &p.progress, i, Duration::from_secs(20), || {
+                                true
+                            });
                         assert_eq!(waited, Waited::Replied);
                         assert_eq!(slot.word(0), i + 1);
                     }
@@ -438,6 +460,7 @@ mod tests {
                 &Spin::new(policy),
                 &p.bell,
                 &p.progress,
+                1,
                 Duration::from_millis(30),
                 || true,
             );
@@ -462,6 +485,7 @@ mod tests {
                     &Spin::new(policy),
                     &p.bell,
                     &p.progress,
+                    1,
                     Duration::from_secs(20),
                     || alive.load(std::sync::atomic::Ordering::Acquire),
                 );
@@ -480,6 +504,7 @@ mod tests {
                 &Spin::new(Policy::Park),
                 &p.bell,
                 &p.progress,
+                1,
                 Duration::from_secs(20),
                 || true,
             );
@@ -488,15 +513,30 @@ mod tests {
     }
 
     #[test]
-    fn missing_spins_shrink_the_budget_and_short_sleeps_restore_it() {
+    fn missing_spins_shrink_and_paying_ones_grow_back() {
         let spin = Spin::new(Policy::Adaptive);
-        for _ in 0..20 {
-            spin.learn(Duration::from_millis(3), false);
-        }
-        assert_eq!(spin.budget_ns.load(Relaxed), SPIN_NS_MIN);
-        spin.learn(Duration::from_micros(9), false);
-        assert_eq!(spin.budget_ns.load(Relaxed), SPIN_NS_MAX);
-        spin.learn(Duration::from_micros(9), true);
-        assert_eq!(spin.budget_ns.load(Relaxed), 0);
+        assert_eq!(spin.budget(), SPIN_MAX);
+        let budgets: Vec<_> = (1..=15)
+            .map(|call| {
+                spin.missed(call, false);
+                spin.budget()
+            })
+            .collect();
+        assert_eq!(budgets[0], SPIN_MAX / 2);
+        assert!(budgets.windows(2).all(|w| w[1] <= w[0]));
+        assert_eq!(budgets[14], SPIN_MAX / 128);
+        spin.missed(16, false);
+        assert_eq!(spin.budget(), SPIN_MAX, "the sixteenth miss is followed by a try of the full time");
+        spin.missed(17, false);
+        assert!(spin.budget() < SPIN_MAX / 100);
+        spin.spin_on(|| true, || true);
+        assert_eq!(spin.budget(), SPIN_MAX, "a spin that hits");
+        spin.missed(18, false);
+        spin.missed(40, false);
+        assert_eq!(spin.budget(), SPIN_MAX, "a miss after many calls without one");
+        spin.missed(41, true);
+        assert_eq!(spin.budget(), Duration::ZERO, "both on one CPU");
+        spin.missed(42, false);
+        assert_eq!(spin.budget(), SPIN_MAX / 2);
     }
 }

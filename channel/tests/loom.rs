@@ -33,9 +33,16 @@ fn check(preemptions: Option<usize>, body: impl Fn() + Sync + Send + 'static) {
 fn serve(shared: &Shared, policy: Policy, count: u32) {
     let spin = Spin::new(policy);
     let mut last = Which::Direct;
-    for _ in 0..count {
-        let which =
-            wait::wait_request(&shared.direct, &shared.ring, last, &spin, &shared.bell, &shared.progress);
+    for served in 0..count {
+        let which = wait::wait_request(
+            &shared.direct,
+            &shared.ring,
+            last,
+            &spin,
+            &shared.bell,
+            &shared.progress,
+            served.into(),
+        );
         let slot = match which {
             Which::Direct => &shared.direct,
             Which::Ring => &shared.ring,
@@ -50,7 +57,7 @@ fn call(shared: &Shared, slot: &Slot, policy: Policy, word: u64) {
     slot.set_word(0, word);
     wait::publish(slot, &shared.bell);
     let waited =
-        wait::wait_reply(slot, &Spin::new(policy), &shared.bell, &shared.progress, Duration::MAX, || true);
+        wait::wait_reply(slot, &Spin::new(policy), &shared.bell, &shared.progress, 1, Duration::MAX, || true);
     assert_eq!(waited, Waited::Replied);
     assert_eq!(slot.word(0), word + 1);
 }
@@ -119,6 +126,7 @@ fn a_death_ends_the_wait() {
             &Spin::new(Policy::Park),
             &shared.bell,
             &shared.progress,
+            1,
             Duration::MAX,
             || alive.load(SeqCst),
         );
@@ -147,6 +155,7 @@ fn a_death_hides_no_reply() {
             &Spin::new(Policy::Park),
             &shared.bell,
             &shared.progress,
+            1,
             Duration::MAX,
             || alive.load(SeqCst),
         );

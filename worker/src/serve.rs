@@ -38,7 +38,7 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     let mut last = Which::Direct;
     listening();
     loop {
-        let which = wait::wait_request(direct, ring, last, &spin, bell, progress);
+        let which = wait::wait_request(direct, ring, last, &spin, bell, progress, direct_count + ring_count);
         last = which;
         let slot = match which {
             Which::Direct => {
