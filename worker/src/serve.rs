@@ -24,7 +24,7 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     // A panic here is a bug of the worker; the host must see a dead worker, not a session that never answers.
     let bomb = AbortOnPanic;
     let _stack = crash_handler::enter_thread();
-    // What runs now, for the crash handler: the thread's own memory, one plain store a call.
+    // What runs now, or ran last, for the crash handler: the thread's own memory, one plain store a call.
     let running = AtomicU32::new(u32::MAX);
     crash_handler::set_session(id, &running);
 
@@ -62,7 +62,6 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
         } else {
             session.fixed(function, slot);
         }
-        running.store(u32::MAX, Relaxed);
         if which == Which::Ring {
             ring = region.slot(next % slots);
         }
