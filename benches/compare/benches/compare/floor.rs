@@ -23,7 +23,7 @@ const REPLY: u32 = 2;
 const LEAVE: u32 = 3;
 
 pub fn enlist(roster: &mut Roster) {
-    roster.add(RECORD, RecordRow::open);
+    roster.add_in_places(RECORD, RecordRow::open);
     roster.add(FUTEX, FutexRow::open);
 }
 

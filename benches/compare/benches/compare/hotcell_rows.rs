@@ -20,10 +20,10 @@ pub const PARKED: &str = "hotcell/parked";
 
 /// Each row has a worker of its own, opened while this process may still use all its CPUs.
 pub fn enlist(roster: &mut Roster) {
-    roster.add(TYPED, |cpus| Typed::open(cpus, WaitPolicy::Adaptive));
-    roster.add(TYPED_SPIN, |cpus| Typed::open(cpus, WaitPolicy::Spin));
-    roster.add(BY_NAME, |cpus| ByName::open(cpus, WaitPolicy::Adaptive));
-    roster.add("hotcell/by_name_spin", |cpus| ByName::open(cpus, WaitPolicy::Spin));
+    roster.add_in_places(TYPED, |cpus| Typed::open(cpus, WaitPolicy::Adaptive));
+    roster.add_in_places(TYPED_SPIN, |cpus| Typed::open(cpus, WaitPolicy::Spin));
+    roster.add_in_places(BY_NAME, |cpus| ByName::open(cpus, WaitPolicy::Adaptive));
+    roster.add_in_places("hotcell/by_name_spin", |cpus| ByName::open(cpus, WaitPolicy::Spin));
     roster.add(PARKED, |cpus| Typed::open(cpus, WaitPolicy::Park).map(Parked));
     roster.add("hotcell/by_name_parked", |cpus| ByName::open(cpus, WaitPolicy::Park).map(Parked));
 }

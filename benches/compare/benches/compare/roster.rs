@@ -2,6 +2,9 @@
 
 use std::error::Error;
 
+use std::time::Duration;
+
+use crate::clock::Clock;
 use crate::cpus::Cpus;
 use crate::measure::{Row, Timed};
 use crate::{Result, floor};
@@ -10,6 +13,26 @@ pub struct Roster {
     cpus: Cpus,
     only: Vec<String>,
     entries: Vec<Entry>,
+}
+
+/// How often a row is opened whose result depends on where its cache line lies.
+pub const PLACES: usize = 6;
+
+/// The same row in several places, which take turns.
+struct Places<R> {
+    rows: Vec<R>,
+    at: usize,
+}
+
+impl<R: Row> Timed for Places<R> {
+    fn idles(&self) -> bool {
+        R::IDLES
+    }
+
+    fn turn(&mut self, clock: &Clock, span: Duration, ticks: &mut Vec<u64>) -> f64 {
+        self.at = (self.at + 1) % self.rows.len();
+        self.rows[self.at].turn(clock, span, ticks)
+    }
 }
 
 /// A row that works, or the reason why it cannot on this machine.
@@ -24,7 +47,7 @@ impl Roster {
     }
 
     /// Adds a row, unless `--only` leaves it out. A row that cannot be opened stays in the report with the reason.
-    pub fn add<R: Row + 'static>(&mut self, name: &'static str, open: impl FnOnce(&Cpus) -> Result<R>) {
+    pub fn add<R: Timed + 'static>(&mut self, name: &'static str, open: impl FnOnce(&Cpus) -> Result<R>) {
         if !self.only.is_empty() && !self.only.iter().any(|text| name.contains(text.as_str())) {
             return;
         }
@@ -36,6 +59,15 @@ impl Roster {
             eprintln!("compare: {name} cannot run here: {reason}");
         }
         self.entries.push(Entry { name, body });
+    }
+
+    /// Adds a row that is opened in several places, one of which each turn uses. Where a cache line lies decides over a third of what it costs to pass it
+    /// between near cores, and a row opened once would keep its luck for the whole run.
+    pub fn add_in_places<R: Row + 'static>(&mut self, name: &'static str, open: impl Fn(&Cpus) -> Result<R>) {
+        self.add(name, |cpus| {
+            let rows: Result<Vec<R>> = (0..PLACES).map(|_| open(cpus)).collect();
+            Ok(Places { rows: rows?, at: 0 })
+        });
     }
 
     pub fn is_empty(&self) -> bool {
