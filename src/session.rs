@@ -529,6 +529,9 @@ struct AbandonedCall {
     closes: bool,
 }
 
+/// What tells one resolved function from another: module, symbol, signature, and whether its replies carry `errno`.
+pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
+
 /// The label of whatever the session does on its own account.
 const OWN_LABEL: u32 = 0;
 
@@ -552,7 +555,7 @@ pub(crate) struct SessionInner {
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
-    resolved: Mutex<FxHashMap<(u32, Arc<str>, Signature, bool), u32>>,
+    resolved: Mutex<FxHashMap<ResolveKey, u32>>,
     id: u32,
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
@@ -1049,11 +1052,11 @@ impl SessionInner {
     }
 
     /// The call index of a function that was resolved before.
-    pub(crate) fn resolved_before(&self, key: &(u32, Arc<str>, Signature, bool)) -> Option<u32> {
+    pub(crate) fn resolved_before(&self, key: &ResolveKey) -> Option<u32> {
         lock(&self.resolved).get(key).copied()
     }
 
-    pub(crate) fn remember_resolved(&self, key: (u32, Arc<str>, Signature, bool), index: u32) {
+    pub(crate) fn remember_resolved(&self, key: ResolveKey, index: u32) {
         lock(&self.resolved).insert(key, index);
     }
 
