@@ -104,26 +104,24 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
             seen.slot.set_word(1, 5);
             wait::reply(seen.slot);
         }),
-        // The first round says "longer"; what the second says is the number.
-        "string-in-rounds" => loop {
+        "string-too-long" => session.lie_in_calls(|_, seen| {
+            seen.slot.set_word(1, STRING_LONGER);
+            wait::reply(seen.slot);
+        }),
+        // A string that the host has to fetch; what it is told when it does is the number.
+        "string-to-fetch" => loop {
             let seen = session.next_request();
-            if seen.function == fixed::READ_STRING {
-                let (status, length) = match number {
-                    0 => (fixed::TOO_LONG, u64::MAX),
-                    1 => (fixed::OK, seen.slot.word(2) + 1),
-                    2 => (fixed::OK, u64::MAX),
-                    3 => (fixed::FAULT, u64::MAX),
-                    4 => (12345, 0),
-                    _ => (fixed::OK, seen.slot.word(2)),
-                };
-                seen.slot.set_word(0, status);
-                seen.slot.set_word(1, length);
+            if seen.function == fixed::READ && number != 3 {
+                seen.slot.set_word(0, [fixed::FAULT, 12345, fixed::OK][number as usize % 3]);
+                wait::reply(seen.slot);
+            } else if seen.function == fixed::FREE {
+                seen.slot.set_word(0, fixed::UNKNOWN_BLOCK);
                 wait::reply(seen.slot);
             } else if seen.function < FUNCTIONS_BASE {
                 session.answer_honestly(seen);
             } else {
                 seen.slot.set_word(0, 8);
-                seen.slot.set_word(1, STRING_LONGER);
+                seen.slot.set_word(1, 5000);
                 wait::reply(seen.slot);
             }
         },
