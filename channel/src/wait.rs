@@ -61,6 +61,8 @@ pub enum Policy {
 #[derive(Debug)]
 pub struct Spin {
     policy: Policy,
+    /// How often to look before anything else: not at all while both sides share a CPU, nor under [`Policy::Park`].
+    looks: StdAtomicU32,
     /// Misses in a row, or [`SAME_CPU`].
     misses: StdAtomicU32,
     /// How many calls there had been at the last miss.
@@ -70,7 +72,13 @@ pub struct Spin {
 impl Spin {
     /// Starts with the full time.
     pub fn new(policy: Policy) -> Self {
-        Self { policy, misses: StdAtomicU32::new(0), calls_at_miss: StdAtomicU64::new(0) }
+        let looks = if policy == Policy::Park { 0 } else { LOOKS };
+        Self {
+            policy,
+            looks: StdAtomicU32::new(looks),
+            misses: StdAtomicU32::new(0),
+            calls_at_miss: StdAtomicU64::new(0),
+        }
     }
 
     fn budget(&self) -> Duration {
@@ -81,6 +89,11 @@ impl Spin {
             misses if misses % PROBE_EVERY == 0 => SPIN_MAX,
             misses => SPIN_MAX / (1 << misses.min(HALVINGS_MAX)),
         }
+    }
+
+    #[inline(always)]
+    fn looks(&self) -> u32 {
+        self.looks.load(Relaxed)
     }
 
     /// The policy.
@@ -125,6 +138,9 @@ impl Spin {
             misses => (misses + 1) % (PROBE_EVERY << 16),
         };
         self.misses.store(next, Relaxed);
+        if self.policy == Policy::Adaptive {
+            self.looks.store(if next == SAME_CPU { 0 } else { LOOKS }, Relaxed);
+        }
     }
 }
 
@@ -170,13 +186,11 @@ pub fn wait_reply(
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
-    if spin.policy != Policy::Park {
-        for _ in 0..LOOKS {
-            if slot.turn() == Turn::Reply {
-                return Waited::Replied;
-            }
-            pause();
+    for _ in 0..spin.looks() {
+        if slot.turn() == Turn::Reply {
+            return Waited::Replied;
         }
+        pause();
     }
     wait_reply_slow(slot, spin, bell, progress, calls, timeout, alive)
 }
@@ -196,7 +210,7 @@ fn wait_reply_slow(
     let mut missed = false;
     // A deadline so far away that the clock cannot hold it is no deadline.
     let left = || timeout.saturating_sub(start.elapsed());
-    if spin.policy != Policy::Park {
+    if spin.looks() != 0 {
         spin.spin_on(|| slot.turn() != Turn::Pending, || alive() && !left().is_zero());
     }
     let waited = loop {
@@ -297,16 +311,14 @@ pub fn wait_request(
         Which::Direct => (direct, ring, Which::Ring),
         Which::Ring => (ring, direct, Which::Direct),
     };
-    if spin.policy != Policy::Park {
-        for look in 0..LOOKS {
-            if look % OTHER_EVERY == 0 && other.has_request() {
-                return else_which;
-            }
-            if warm.has_request() {
-                return last;
-            }
-            pause();
+    for look in 0..spin.looks() {
+        if look % OTHER_EVERY == 0 && other.has_request() {
+            return else_which;
         }
+        if warm.has_request() {
+            return last;
+        }
+        pause();
     }
     wait_request_slow(direct, ring, last, spin, bell, progress, calls)
 }
@@ -331,7 +343,7 @@ fn wait_request_slow(
             (false, false) => None,
         }
     };
-    if spin.policy != Policy::Park {
+    if spin.looks() != 0 {
         spin.spin_on(|| direct.has_request() || ring.has_request(), || true);
     }
     match found() {
@@ -535,8 +547,8 @@ mod tests {
         spin.missed(40, false);
         assert_eq!(spin.budget(), SPIN_MAX, "a miss after many calls without one");
         spin.missed(41, true);
-        assert_eq!(spin.budget(), Duration::ZERO, "both on one CPU");
+        assert_eq!((spin.budget(), spin.looks()), (Duration::ZERO, 0), "both on one CPU");
         spin.missed(42, false);
-        assert_eq!(spin.budget(), SPIN_MAX / 2);
+        assert_eq!((spin.budget(), spin.looks()), (SPIN_MAX / 2, LOOKS));
     }
 }
