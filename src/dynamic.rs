@@ -318,12 +318,14 @@ struct Declared {
 }
 
 /// A call whose arguments have been checked.
-struct Prepared<const WORDS: usize> {
+#[derive(Clone, Copy)]
+struct Checked {
     index: u32,
-    words: [u64; WORDS],
     need: Need,
     /// Words of the request.
     count: usize,
+    /// Whether all arguments are numbers, whose words are final.
+    numbers: bool,
     /// Whether a string comes back.
     string: bool,
 }
@@ -407,7 +409,7 @@ impl DynFunction {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn call_sized<const WORDS: usize, T>(
         &self,
         index: u32,
@@ -429,7 +431,9 @@ impl DynFunction {
         // Everything that can be wrong with the arguments is found before a slot is claimed.
         let mut need = Need::default();
         let mut words = [0u64; WORDS];
+        let mut numbers = true;
         for (at, ((arg, t), place)) in args.iter().zip(&signature.args).zip(places).enumerate() {
+            numbers &= matches!(arg, Arg::Signed(_) | Arg::Unsigned(_) | Arg::Float(_) | Arg::Bool(_));
             match check(arg, *t, &mut need) {
                 Some(word) => words[usize::from(*place)] = word,
                 None => {
@@ -450,53 +454,59 @@ impl DynFunction {
         if count > WORDS_MAX {
             need.add(count * size_of::<u64>());
         }
-        let call = Prepared { index, words, need, count, string };
+        let call = Checked { index, need, count, numbers, string };
         match self.session.claim_direct() {
-            Some(frame) => self.call_in(frame, args, call, more),
-            None => self.call_elsewhere(args, call, more),
+            Some(frame) => self.call_in(frame, args, &mut words, call, more),
+            None => self.call_elsewhere(args, &mut words, call, more),
         }
     }
 
     #[inline(never)]
-    fn call_elsewhere<const WORDS: usize, T>(
+    fn call_elsewhere<T>(
         &self,
         args: &mut [Arg<'_>],
-        call: Prepared<WORDS>,
+        words: &mut [u64],
+        call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
         let frame = self.session.claim(self.timeout, || FunctionName::clone(&self.function.name))?;
-        self.call_in(frame, args, call, more)
+        self.call_in(frame, args, words, call, more)
     }
 
     #[inline(always)]
-    fn call_in<const WORDS: usize, T>(
+    fn call_in<T>(
         &self,
         mut frame: Frame<'_>,
         args: &mut [Arg<'_>],
-        call: Prepared<WORDS>,
+        words: &mut [u64],
+        call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
         let Declared { name, signature, words: places, .. } = &*self.function;
         let name: &FunctionName = name;
-        let Prepared { index, mut words, need, count, string } = call;
+        let Checked { index, need, count, numbers, string } = call;
         frame.reserve(need, || name.clone())?;
-        for (at, (arg, place)) in args.iter().zip(places).enumerate() {
-            let word = &mut words[usize::from(*place)];
-            match arg {
-                Arg::Ptr(pointer) => *word = frame.session().address_of(*pointer, || name.clone())?,
-                Arg::Block(block) if block.session_id() == frame.session().id() => {
-                    *word = block.pointer().address();
+        if !numbers {
+            for (at, (arg, place)) in args.iter().zip(places).enumerate() {
+                let word = &mut words[usize::from(*place)];
+                match arg {
+                    Arg::Ptr(pointer) => *word = frame.session().address_of(*pointer, || name.clone())?,
+                    Arg::Block(block) if block.session_id() == frame.session().id() => {
+                        *word = block.pointer().address();
+                    }
+                    Arg::Block(_) => return Err(CallError::ForeignPointer { function: name.clone() }),
+                    Arg::Bytes(bytes) => *word = frame.lend(bytes),
+                    Arg::BytesMut(bytes) => *word = frame.lend(bytes),
+                    Arg::BytesOut(bytes) => *word = frame.room(bytes.len()),
+                    Arg::CStr(text) => *word = frame.lend(text.to_bytes_with_nul()),
+                    Arg::Str(text) => {
+                        *word = lend_str(text, &mut frame).ok_or_else(|| CallError::InteriorNul {
+                            function: name.clone(),
+                            index: at + 1,
+                        })?;
+                    }
+                    _ => {}
                 }
-                Arg::Block(_) => return Err(CallError::ForeignPointer { function: name.clone() }),
-                Arg::Bytes(bytes) => *word = frame.lend(bytes),
-                Arg::BytesMut(bytes) => *word = frame.lend(bytes),
-                Arg::BytesOut(bytes) => *word = frame.room(bytes.len()),
-                Arg::CStr(text) => *word = frame.lend(text.to_bytes_with_nul()),
-                Arg::Str(text) => {
-                    *word = lend_str(text, &mut frame)
-                        .ok_or_else(|| CallError::InteriorNul { function: name.clone(), index: at + 1 })?;
-                }
-                _ => {}
             }
         }
         let mut target = 0;
@@ -517,9 +527,11 @@ impl DynFunction {
         frame.wait(self.timeout, || name.clone())?;
         let more = more(&frame);
         let value = decode(&frame, signature.returns, target, name)?;
-        for (arg, place) in args.iter_mut().zip(places) {
-            if let Arg::BytesMut(bytes) | Arg::BytesOut(bytes) = arg {
-                frame.read_back(words[usize::from(*place)], bytes);
+        if !numbers {
+            for (arg, place) in args.iter_mut().zip(places) {
+                if let Arg::BytesMut(bytes) | Arg::BytesOut(bytes) = arg {
+                    frame.read_back(words[usize::from(*place)], bytes);
+                }
             }
         }
         Ok((value, more))
@@ -527,12 +539,12 @@ impl DynFunction {
 }
 
 /// Whether an argument can be passed as a type: its word, and what it needs. Words of bytes and pointers are set later.
-#[inline]
+#[inline(always)]
 fn check(arg: &Arg<'_>, t: Type, need: &mut Need) -> Option<u64> {
     match t {
         Type::Bool => match arg {
             Arg::Bool(b) => Some(u64::from(*b)),
-            _ => integer(arg).filter(|n| (0..=1).contains(n)).and_then(|n| u64::try_from(n).ok()),
+            _ => unsigned(arg, 1),
         },
         Type::Char | Type::I8 => signed(arg, i8::MIN.into(), i8::MAX.into()),
         Type::I16 => signed(arg, i16::MIN.into(), i16::MAX.into()),
@@ -570,12 +582,11 @@ fn check(arg: &Arg<'_>, t: Type, need: &mut Need) -> Option<u64> {
     }
 }
 
-/// A whole number, if the argument is one.
-#[inline]
-fn integer(arg: &Arg<'_>) -> Option<i128> {
+/// A whole number from what is no integer, if it is one.
+#[cold]
+#[inline(never)]
+fn whole(arg: &Arg<'_>) -> Option<i128> {
     match arg {
-        Arg::Signed(n) => Some((*n).into()),
-        Arg::Unsigned(n) => Some((*n).into()),
         Arg::Bool(b) => Some((*b).into()),
         #[allow(clippy::cast_possible_truncation)]
         // in range: checked by the bound, and whole: checked by fract
@@ -584,20 +595,22 @@ fn integer(arg: &Arg<'_>) -> Option<i128> {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn signed(arg: &Arg<'_>, min: i64, max: i64) -> Option<u64> {
     let n = match arg {
         Arg::Signed(n) => *n,
-        _ => i64::try_from(integer(arg)?).ok()?,
+        Arg::Unsigned(n) => i64::try_from(*n).ok()?,
+        _ => i64::try_from(whole(arg)?).ok()?,
     };
     (min..=max).contains(&n).then_some(n.cast_unsigned())
 }
 
-#[inline]
+#[inline(always)]
 fn unsigned(arg: &Arg<'_>, max: u64) -> Option<u64> {
     let n = match arg {
         Arg::Unsigned(n) => *n,
-        _ => u64::try_from(integer(arg)?).ok()?,
+        Arg::Signed(n) => u64::try_from(*n).ok()?,
+        _ => u64::try_from(whole(arg)?).ok()?,
     };
     (n <= max).then_some(n)
 }
@@ -613,7 +626,7 @@ fn float(arg: &Arg<'_>) -> Option<f64> {
     }
 }
 
-#[inline]
+#[inline(always)]
 #[allow(clippy::cast_possible_truncation)] // the bits above a narrower type are unspecified
 fn decode(frame: &Frame<'_>, t: Type, target: u64, name: &FunctionName) -> Result<Value, CallError> {
     let word = frame.reply(0);
