@@ -1309,22 +1309,25 @@ impl<'s> Frame<'s> {
     /// Hands the request to the worker.
     #[inline(always)]
     pub(crate) fn publish(&mut self, function: u32, label: u32) {
+        let session = self.session;
+        self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                let books = &self.session.direct;
-                books.label.store(label, Relaxed);
-                books.published.store(self.sequence, Relaxed);
                 self.slot.set_function(function, 0);
+                wait::publish(self.slot, session.region.bell());
+                // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
+                // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
+                session.direct.label.store(label, Relaxed);
+                session.direct.published.store(self.sequence, Relaxed);
             }
             Lane::Ring { slot, next } => {
-                let books = self.session.books(slot);
+                let books = session.books(slot);
                 books.label.store(label, Relaxed);
                 books.sequence.store(self.sequence, Relaxed);
                 self.slot.set_function(function, next);
+                wait::publish(self.slot, session.region.bell());
             }
         }
-        self.stage = Stage::Published;
-        wait::publish(self.slot, self.session.region.bell());
     }
 
     /// Waits for the reply. After `Ok` the reply words can be read.

@@ -51,6 +51,8 @@ struct Prepared {
 
 /// A resolved function, ready to be called.
 pub(crate) struct Callable {
+    /// Integer registers only and nothing else to do: the commonest kind, found with one look.
+    quick: Option<Integers>,
     shape: Shape,
     /// Whether anything is to be done besides the call itself: errno, a returned string.
     plain: bool,
@@ -94,13 +96,20 @@ impl Callable {
             let function = unsafe { std::mem::transmute::<Foreign, Integers>(function) };
             Shape::Integers(function)
         };
-        Ok(Self { shape, plain: !errno && !string, errno, string, words })
+        let plain = !errno && !string;
+        let quick = match shape {
+            Shape::Integers(function) if plain => Some(function),
+            _ => None,
+        };
+        Ok(Self { quick, shape, plain, errno, string, words })
     }
 
     /// Calls the function with the words in `slot` and leaves the result there.
     #[inline(always)]
     pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
-        if self.plain {
+        if let Some(function) = self.quick {
+            slot.set_word(0, call_integers(function, slot));
+        } else if self.plain {
             let result = self.call(slot);
             slot.set_word(0, result);
         } else {
@@ -132,11 +141,7 @@ impl Callable {
     fn call(&self, slot: &Slot) -> u64 {
         let i = |at: usize| slot.word(at);
         match &self.shape {
-            Shape::Integers(function) => {
-                // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
-                // integer arguments; it has no others (checked in `new`).
-                unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }
-            }
+            Shape::Integers(function) => call_integers(*function, slot),
             Shape::Mixed(function, first) => {
                 let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
                 // SAFETY: as above, with eight vector registers; an f32 lies in the low half of its word as in its register.
@@ -185,6 +190,14 @@ impl Callable {
             Shape::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
         }
     }
+}
+
+#[inline(always)]
+fn call_integers(function: Integers, slot: &Slot) -> u64 {
+    let i = |at: usize| slot.word(at);
+    // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
+    // integer arguments; it has no others (checked in `Callable::new`).
+    unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }
 }
 
 impl Prepared {
