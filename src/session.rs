@@ -464,6 +464,9 @@ const CLOSED: u32 = 3;
 /// The slot has a *home*: the thread that may take it. Only that thread raises `busy`, so it does so with a plain store, where a thread among equals would need a
 /// read-modify-write, which takes as long as a tenth of a call. The home moves to another thread when that one makes call after call and the old one none
 /// ([`SessionInner::move_home`]).
+///
+/// A thread that was the home until a moment ago can still raise `busy`, over the word of a new home whose call has begun since. It must not lower it again then: the slot would show
+/// as free in the middle of that call. So it leaves [`UNSURE`], which is as good as taken to everybody, until the home, which knows what it holds, lowers it.
 #[derive(Debug, Default)]
 struct DirectBooks {
     home: AtomicUsize,
@@ -483,6 +486,12 @@ struct Strangers {
 const NOBODY: usize = 0;
 /// The home is about to move. (A thread's mark is the address of its own thread-local, so neither is one.)
 const MOVING: usize = 1;
+/// Nobody holds the direct slot.
+const FREE: u32 = 0;
+/// Somebody holds the direct slot.
+const TAKEN: u32 = 1;
+/// The home may hold the direct slot.
+const UNSURE: u32 = 2;
 /// Calls of strangers, with none of the home's among them, after which the home moves.
 const CALLS_TO_MOVE: u32 = 32;
 
@@ -658,15 +667,15 @@ impl SessionInner {
         }
         let direct = &self.direct;
         let here = this_thread();
-        if direct.home.load(Relaxed) != here || direct.busy.load(Acquire) != 0 {
+        if direct.home.load(Relaxed) != here || direct.busy.load(Acquire) != FREE {
             return None;
         }
-        direct.busy.store(1, Relaxed);
+        direct.busy.store(TAKEN, Relaxed);
         // Between this store and the next load the processor needs a barrier, or `move_home` could miss the one and we the other. The barrier is in
         // `move_home`, which makes all threads pass one; here only the compiler has to be kept from changing the order. SYNC home
         compiler_fence(SeqCst);
         if direct.home.load(Relaxed) != here {
-            direct.busy.store(0, Release);
+            direct.busy.store(UNSURE, Relaxed);
             return None;
         }
         let sequence = self.direct.published.load(Relaxed) + 1;
@@ -697,7 +706,10 @@ impl SessionInner {
         let here = this_thread();
         match direct.home.load(Relaxed) {
             NOBODY => return direct.home.compare_exchange(NOBODY, here, Relaxed, Relaxed).is_ok(),
-            home if home == here => return true,
+            home if home == here => {
+                self.settle_direct(here);
+                return true;
+            }
             _ => {}
         }
         // One mover at a time; who finds another at it has not waited long enough anyway.
@@ -717,9 +729,25 @@ impl SessionInner {
         // that `process_barrier` makes every thread pass. So if `busy` is down now, the old home has either not come to its store, and will see that it is not at
         // home any more, or has finished its call. SYNC home
         direct.home.store(MOVING, SeqCst);
-        let moved = sys::process_barrier() && direct.busy.load(Acquire) == 0;
+        let moved = sys::process_barrier() && direct.busy.load(Acquire) == FREE;
         direct.home.store(if moved { here } else { home }, Release);
         moved
+    }
+
+    /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
+    fn settle_direct(&self, here: usize) {
+        if self.direct.busy.load(Relaxed) != UNSURE {
+            return;
+        }
+        // Under the lock the home stays where it is.
+        let Ok(_no_mover) = self.strangers.try_lock() else { return };
+        // A pending request is one that the home has given up, to a worker that is being killed.
+        if self.direct.home.load(Relaxed) == here
+            && self.direct.busy.load(Acquire) == UNSURE
+            && self.region.direct().turn() != Turn::Pending
+        {
+            self.direct.busy.store(FREE, Release);
+        }
     }
 
     /// Takes a ring slot, waiting at most `timeout` for one to become free.
@@ -792,7 +820,7 @@ impl SessionInner {
 
     fn release(&self, lane: Lane) {
         match lane {
-            Lane::Direct => self.direct.busy.store(0, Release),
+            Lane::Direct => self.direct.busy.store(FREE, Release),
             Lane::Ring { slot, .. } => {
                 self.books(slot).busy.store(false, Release);
                 if self.waiting.load(Relaxed) > 0 {
@@ -875,7 +903,7 @@ impl SessionInner {
     /// The function that was running: taken by the worker, and not answered.
     pub(crate) fn running_function(&self) -> Option<FunctionName> {
         let (direct_taken, ring_taken) = self.region.progress().taken();
-        let direct = self.direct.busy.load(Acquire) == 1
+        let direct = self.direct.busy.load(Acquire) != FREE
             && self.direct.published.load(Relaxed) == direct_taken
             && self.region.direct().turn() == Turn::Pending;
         if direct {
