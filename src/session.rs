@@ -1116,8 +1116,8 @@ impl SessionInner {
         let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
-        if closed.is_ok() && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
-            self.close_slots();
+        if closed.is_ok() {
+            self.thread_ended();
         }
         closed
     }
@@ -1131,11 +1131,20 @@ impl SessionInner {
         let closed = frame.wait_at_most(timeout.saturating_sub(started.elapsed())) == Waited::Replied;
         frame.stage = if closed { Stage::Replied } else { Stage::Lost };
         drop(frame);
-        if closed && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
-            // Calls that were behind the close.
-            self.close_slots();
+        if closed {
+            self.thread_ended();
         }
         closed
+    }
+
+    /// The session's thread has ended at the host's request: ends the waits of the calls that were behind that, abandoned ones too.
+    fn thread_ended(&self) {
+        let closed = self.status.fetch_update(SeqCst, SeqCst, |status| {
+            matches!(status, OPEN | ABANDONED).then_some(CLOSED) // a death stays one
+        });
+        if closed.is_ok() {
+            self.close_slots();
+        }
     }
 
     /// Closes a session whose abandoned call still runs: when that returns, with nobody waiting. Only for the last handle.
@@ -1498,7 +1507,8 @@ impl Detached {
     }
 
     pub(crate) fn is_over(&self, session: &SessionInner) -> bool {
-        session.slot(self.lane).turn() != Turn::Pending || session.status.load(Acquire) == DEAD
+        session.slot(self.lane).turn() != Turn::Pending
+            || !matches!(session.status.load(Acquire), OPEN | ABANDONED)
     }
 }
 
