@@ -1398,9 +1398,6 @@ impl<'s> Frame<'s> {
     fn lost(&mut self, waited: Waited, timeout: Duration, function: FunctionName) -> CallError {
         self.stage = Stage::Lost;
         let session = self.session;
-        let (direct_taken, ring_taken) = session.region.progress().taken();
-        let taken =
-            self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
         match waited {
             Waited::TimedOut => {
                 // A slot on loan cannot be given up.
@@ -1408,6 +1405,10 @@ impl<'s> Frame<'s> {
                 if worker_killed {
                     let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
                     session.worker.end(cause, Some(session.id));
+                    if self.borrowed {
+                        // The other frame will give the slot back, with a request in it that a worker about to die could still answer: no call may get that.
+                        let _ = session.status.compare_exchange(OPEN, DEAD, SeqCst, Relaxed);
+                    }
                 } else {
                     let call = AbandonedCall {
                         lane: self.lane,
@@ -1425,17 +1426,27 @@ impl<'s> Frame<'s> {
                 session
                     .worker
                     .breach(format!("it wrote state {state} into the slot of {function}"), Some(session.id));
-                session.death_error(Some(function), taken)
+                session.worker.wait_gone();
+                session.death_error(Some(function), self.was_taken())
             }
             _ if session.status.load(Acquire) == CLOSED => CallError::Closed,
             _ => {
                 if session.worker.death().is_none() {
-                    // Only the host closes slots, and only of dead workers.
-                    session.worker.breach(format!("it closed the slot of {function}"), Some(session.id));
+                    if session.status.load(Acquire) != DEAD {
+                        // Only the host closes slots, and only of dead workers.
+                        session.worker.breach(format!("it closed the slot of {function}"), Some(session.id));
+                    }
+                    session.worker.wait_gone();
                 }
-                session.death_error(Some(function), taken)
+                session.death_error(Some(function), self.was_taken())
             }
         }
+    }
+
+    /// Whether the worker had taken the request. Exact once the worker is dead: before, it may take it at any moment.
+    fn was_taken(&self) -> bool {
+        let (direct_taken, ring_taken) = self.session.region.progress().taken();
+        self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken }
     }
 
     /// Publishes one of the session's own functions and waits for it. Gives its first two reply words.
