@@ -406,7 +406,8 @@ pub(crate) fn lend_str(text: &str, frame: &mut Frame<'_>) -> Option<u64> {
     }
     let address = frame.room(text.len() + 1);
     frame.write_at(address, text.as_bytes());
-    frame.write_at(address + text.len() as u64, &[0]);
+    // The worker says where the arena is; what it says may be near the end of all addresses.
+    frame.write_at(address.wrapping_add(text.len() as u64), &[0]);
     Some(address)
 }
 

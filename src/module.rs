@@ -6,7 +6,7 @@ use crate::error::{FunctionName, LoadError};
 use crate::session::{ModuleSource, Session, SessionOwner, load_failure};
 use crate::signature::{self, SymbolDefinition};
 use hotcell_channel::session::{Answer, Request};
-use hotcell_channel::signature::Signature;
+use hotcell_channel::signature::{ARGS_MAX, Signature};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -148,6 +148,11 @@ impl Module {
         if symbol.is_empty() || symbol.contains('\0') {
             let detail = "a symbol's name is not empty and has no NUL inside".to_owned();
             return Err(LoadError::MissingSymbol { function: name, detail });
+        }
+        // The worker refuses it too, but what follows relies on it, and a worker may lie.
+        if signature.args.len() > ARGS_MAX {
+            let detail = format!("{} arguments where at most {ARGS_MAX} are possible", signature.args.len());
+            return Err(LoadError::BadSignature { function: name, detail });
         }
         if let Some(fixed) = signature.variadic_after {
             check_variadic(signature, fixed)

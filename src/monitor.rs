@@ -277,21 +277,28 @@ impl Runtime {
 
     /// Kills whoever's time is up; gives the time until the next one.
     fn run_timers(&self) -> Option<Duration> {
-        let mut watched = lock(&self.watched);
         let now = Instant::now();
-        let Watched { workers, timers } = &mut *watched;
-        timers.retain(|timer| {
-            if timer.at > now {
-                return true;
+        let mut due = Vec::new();
+        let next = {
+            let mut watched = lock(&self.watched);
+            let Watched { workers, timers } = &mut *watched;
+            timers.retain(|timer| {
+                if timer.at > now {
+                    return true;
+                }
+                due.extend(workers.get(&timer.worker).map(|worker| (Arc::clone(worker), timer.breach)));
+                false
+            });
+            timers.iter().map(|timer| timer.at.saturating_duration_since(now)).min()
+        };
+        // Without the lock: a breach is told to the host's tracing subscriber, which may do anything.
+        for (worker, breach) in due {
+            match breach {
+                Some(what) => worker.breach(what, None),
+                None => worker.kill(),
             }
-            match (workers.get(&timer.worker), timer.breach) {
-                (Some(worker), Some(what)) => worker.breach(what, None),
-                (Some(worker), None) => worker.kill(),
-                (None, _) => {}
-            }
-            false
-        });
-        timers.iter().map(|timer| timer.at.saturating_duration_since(now)).min()
+        }
+        next
     }
 }
 

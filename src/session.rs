@@ -464,6 +464,9 @@ const CLOSED: u32 = 3;
 /// The slot has a *home*: the thread that may take it. Only that thread raises `busy`, so it does so with a plain store, where a thread among equals would need a
 /// read-modify-write, which takes as long as a tenth of a call. The home moves to another thread when that one makes call after call and the old one none
 /// ([`SessionInner::move_home`]).
+///
+/// A thread that was the home until a moment ago can still raise `busy`, over the word of a new home whose call has begun since. It must not lower it again then: the slot would show
+/// as free in the middle of that call. So it leaves [`UNSURE`], which is as good as taken to everybody, until the home, which knows what it holds, lowers it.
 #[derive(Debug, Default)]
 struct DirectBooks {
     home: AtomicUsize,
@@ -483,6 +486,12 @@ struct Strangers {
 const NOBODY: usize = 0;
 /// The home is about to move. (A thread's mark is the address of its own thread-local, so neither is one.)
 const MOVING: usize = 1;
+/// Nobody holds the direct slot.
+const FREE: u32 = 0;
+/// Somebody holds the direct slot.
+const TAKEN: u32 = 1;
+/// The home may hold the direct slot.
+const UNSURE: u32 = 2;
 /// Calls of strangers, with none of the home's among them, after which the home moves.
 const CALLS_TO_MOVE: u32 = 32;
 
@@ -658,15 +667,15 @@ impl SessionInner {
         }
         let direct = &self.direct;
         let here = this_thread();
-        if direct.home.load(Relaxed) != here || direct.busy.load(Acquire) != 0 {
+        if direct.home.load(Relaxed) != here || direct.busy.load(Acquire) != FREE {
             return None;
         }
-        direct.busy.store(1, Relaxed);
+        direct.busy.store(TAKEN, Relaxed);
         // Between this store and the next load the processor needs a barrier, or `move_home` could miss the one and we the other. The barrier is in
         // `move_home`, which makes all threads pass one; here only the compiler has to be kept from changing the order. SYNC home
         compiler_fence(SeqCst);
         if direct.home.load(Relaxed) != here {
-            direct.busy.store(0, Release);
+            direct.busy.store(UNSURE, Relaxed);
             return None;
         }
         let sequence = self.direct.published.load(Relaxed) + 1;
@@ -697,7 +706,10 @@ impl SessionInner {
         let here = this_thread();
         match direct.home.load(Relaxed) {
             NOBODY => return direct.home.compare_exchange(NOBODY, here, Relaxed, Relaxed).is_ok(),
-            home if home == here => return true,
+            home if home == here => {
+                self.settle_direct(here);
+                return true;
+            }
             _ => {}
         }
         // One mover at a time; who finds another at it has not waited long enough anyway.
@@ -717,9 +729,25 @@ impl SessionInner {
         // that `process_barrier` makes every thread pass. So if `busy` is down now, the old home has either not come to its store, and will see that it is not at
         // home any more, or has finished its call. SYNC home
         direct.home.store(MOVING, SeqCst);
-        let moved = sys::process_barrier() && direct.busy.load(Acquire) == 0;
+        let moved = sys::process_barrier() && direct.busy.load(Acquire) == FREE;
         direct.home.store(if moved { here } else { home }, Release);
         moved
+    }
+
+    /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
+    fn settle_direct(&self, here: usize) {
+        if self.direct.busy.load(Relaxed) != UNSURE {
+            return;
+        }
+        // Under the lock the home stays where it is.
+        let Ok(_no_mover) = self.strangers.try_lock() else { return };
+        // A pending request is one that the home has given up, to a worker that is being killed.
+        if self.direct.home.load(Relaxed) == here
+            && self.direct.busy.load(Acquire) == UNSURE
+            && self.region.direct().turn() != Turn::Pending
+        {
+            self.direct.busy.store(FREE, Release);
+        }
     }
 
     /// Takes a ring slot, waiting at most `timeout` for one to become free.
@@ -792,7 +820,7 @@ impl SessionInner {
 
     fn release(&self, lane: Lane) {
         match lane {
-            Lane::Direct => self.direct.busy.store(0, Release),
+            Lane::Direct => self.direct.busy.store(FREE, Release),
             Lane::Ring { slot, .. } => {
                 self.books(slot).busy.store(false, Release);
                 if self.waiting.load(Relaxed) > 0 {
@@ -875,7 +903,7 @@ impl SessionInner {
     /// The function that was running: taken by the worker, and not answered.
     pub(crate) fn running_function(&self) -> Option<FunctionName> {
         let (direct_taken, ring_taken) = self.region.progress().taken();
-        let direct = self.direct.busy.load(Acquire) == 1
+        let direct = self.direct.busy.load(Acquire) != FREE
             && self.direct.published.load(Relaxed) == direct_taken
             && self.region.direct().turn() == Turn::Pending;
         if direct {
@@ -1088,8 +1116,8 @@ impl SessionInner {
         let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
-        if closed.is_ok() && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
-            self.close_slots();
+        if closed.is_ok() {
+            self.thread_ended();
         }
         closed
     }
@@ -1103,11 +1131,20 @@ impl SessionInner {
         let closed = frame.wait_at_most(timeout.saturating_sub(started.elapsed())) == Waited::Replied;
         frame.stage = if closed { Stage::Replied } else { Stage::Lost };
         drop(frame);
-        if closed && self.status.compare_exchange(OPEN, CLOSED, SeqCst, Relaxed).is_ok() {
-            // Calls that were behind the close.
-            self.close_slots();
+        if closed {
+            self.thread_ended();
         }
         closed
+    }
+
+    /// The session's thread has ended at the host's request: ends the waits of the calls that were behind that, abandoned ones too.
+    fn thread_ended(&self) {
+        let closed = self.status.fetch_update(SeqCst, SeqCst, |status| {
+            matches!(status, OPEN | ABANDONED).then_some(CLOSED) // a death stays one
+        });
+        if closed.is_ok() {
+            self.close_slots();
+        }
     }
 
     /// Closes a session whose abandoned call still runs: when that returns, with nobody waiting. Only for the last handle.
@@ -1364,9 +1401,6 @@ impl<'s> Frame<'s> {
     fn lost(&mut self, waited: Waited, timeout: Duration, function: FunctionName) -> CallError {
         self.stage = Stage::Lost;
         let session = self.session;
-        let (direct_taken, ring_taken) = session.region.progress().taken();
-        let taken =
-            self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken };
         match waited {
             Waited::TimedOut => {
                 // A slot on loan cannot be given up.
@@ -1374,6 +1408,10 @@ impl<'s> Frame<'s> {
                 if worker_killed {
                     let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
                     session.worker.end(cause, Some(session.id));
+                    if self.borrowed {
+                        // The other frame will give the slot back, with a request in it that a worker about to die could still answer: no call may get that.
+                        let _ = session.status.compare_exchange(OPEN, DEAD, SeqCst, Relaxed);
+                    }
                 } else {
                     let call = AbandonedCall {
                         lane: self.lane,
@@ -1391,17 +1429,27 @@ impl<'s> Frame<'s> {
                 session
                     .worker
                     .breach(format!("it wrote state {state} into the slot of {function}"), Some(session.id));
-                session.death_error(Some(function), taken)
+                session.worker.wait_gone();
+                session.death_error(Some(function), self.was_taken())
             }
             _ if session.status.load(Acquire) == CLOSED => CallError::Closed,
             _ => {
                 if session.worker.death().is_none() {
-                    // Only the host closes slots, and only of dead workers.
-                    session.worker.breach(format!("it closed the slot of {function}"), Some(session.id));
+                    if session.status.load(Acquire) != DEAD {
+                        // Only the host closes slots, and only of dead workers.
+                        session.worker.breach(format!("it closed the slot of {function}"), Some(session.id));
+                    }
+                    session.worker.wait_gone();
                 }
-                session.death_error(Some(function), taken)
+                session.death_error(Some(function), self.was_taken())
             }
         }
+    }
+
+    /// Whether the worker had taken the request. Exact once the worker is dead: before, it may take it at any moment.
+    fn was_taken(&self) -> bool {
+        let (direct_taken, ring_taken) = self.session.region.progress().taken();
+        self.sequence <= if matches!(self.lane, Lane::Direct) { direct_taken } else { ring_taken }
     }
 
     /// Publishes one of the session's own functions and waits for it. Gives its first two reply words.
@@ -1473,7 +1521,8 @@ impl Detached {
     }
 
     pub(crate) fn is_over(&self, session: &SessionInner) -> bool {
-        session.slot(self.lane).turn() != Turn::Pending || session.status.load(Acquire) == DEAD
+        session.slot(self.lane).turn() != Turn::Pending
+            || !matches!(session.status.load(Acquire), OPEN | ABANDONED)
     }
 }
 

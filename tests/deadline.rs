@@ -465,3 +465,22 @@ fn abandoned_session_can_be_closed_when_its_call_has_returned() {
     eventually("the session is closed", || cell.session.close().is_ok());
     assert!(matches!(cell.session.ping(), Err(CallError::Closed)));
 }
+
+#[test]
+fn close_that_overtakes_an_abandoned_call_closes_the_session() {
+    let _watchdog = watchdog();
+    let cell = abandoning();
+    let gate = Gate::new(&cell);
+    // A call holds the session's thread, a close waits behind it, and behind that another call, which is given up before the close is served.
+    let first = wait_for(&cell).submit(gate.pointer(), 1).unwrap();
+    std::thread::scope(|scope| {
+        let close = scope.spawn(|| cell.session.close());
+        std::thread::sleep(SOON);
+        let late = wait_for(&cell).with_timeout(SOON).submit(gate.pointer(), 2).unwrap();
+        timed_out(late.wait(), false);
+        gate.open();
+        assert_eq!(first.wait().unwrap(), 1);
+        close.join().unwrap().unwrap();
+    });
+    assert!(matches!(cell.session.ping(), Err(CallError::Closed)), "{:?}", cell.session.ping());
+}

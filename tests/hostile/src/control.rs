@@ -127,8 +127,9 @@ fn after_hello(peer: &Peer, lie: &Lie) {
             process::exit(lie.number);
         }
         "arena-address" => {
-            let session = peer.next_open();
-            peer.say(&ToHost::Opened { session: session.id, arena_address: lie.number });
+            let mut session = peer.next_open();
+            session.arena_address = lie.number;
+            peer.opened(&session);
             open_further(peer);
             session.be_honest();
         }

@@ -73,6 +73,7 @@ impl Peer {
             return Session {
                 id: session,
                 region,
+                arena_address: region.arena_address(),
                 fd: Arc::new(fd),
                 peer: self.clone(),
                 next: 0,
@@ -84,7 +85,7 @@ impl Peer {
     }
 
     pub(crate) fn opened(&self, session: &Session) {
-        self.say(&ToHost::Opened { session: session.id, arena_address: session.region.arena_address() });
+        self.say(&ToHost::Opened { session: session.id, arena_address: session.arena_address });
     }
 
     /// Opens each session that is asked for, and lets a thread of its own lie in it.
@@ -103,6 +104,8 @@ impl Peer {
 pub(crate) struct Session {
     pub(crate) id: u32,
     pub(crate) region: &'static Region,
+    /// Where the host believes the arena to be.
+    pub(crate) arena_address: u64,
     pub(crate) fd: Arc<OwnedFd>,
     pub(crate) peer: Peer,
     /// The ring slot whose turn is next.
@@ -172,13 +175,13 @@ impl Session {
 
     pub(crate) fn directory_request(&self, slot: &Slot) -> Option<Request> {
         let mut bytes = vec![0; usize::try_from(slot.word(1).min(fixed::DIRECTORY_BYTES_MAX as u64)).ok()?];
-        self.region.read(slot.word(0).wrapping_sub(self.region.arena_address()), &mut bytes).then_some(())?;
+        self.region.read(slot.word(0).wrapping_sub(self.arena_address), &mut bytes).then_some(())?;
         control::decode(&bytes).ok()
     }
 
     /// Puts bytes where the directory's answer belongs. `length`: what is said about them, if not the truth.
     pub(crate) fn answer_directory(&self, slot: &Slot, status: u64, bytes: &[u8], length: Option<u64>) {
-        let _ = self.region.write(slot.word(0).wrapping_sub(self.region.arena_address()), bytes);
+        let _ = self.region.write(slot.word(0).wrapping_sub(self.arena_address), bytes);
         slot.set_word(0, status);
         slot.set_word(1, length.unwrap_or(bytes.len() as u64));
     }

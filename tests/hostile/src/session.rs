@@ -99,7 +99,7 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
             wait::reply(seen.slot);
         }),
         "string-with-nul" => session.lie_in_calls(|session, seen| {
-            let target = seen.slot.word(0).wrapping_sub(session.region.arena_address());
+            let target = seen.slot.word(0).wrapping_sub(session.arena_address);
             let _ = session.region.write(target, b"ab\0cd");
             seen.slot.set_word(1, 5);
             wait::reply(seen.slot);

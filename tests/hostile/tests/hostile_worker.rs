@@ -4,9 +4,9 @@
 //! library's own threads, abort the whole run.
 
 use hotcell::{
-    Block, CallError, Cause, CrashReport, Error, In, InOut, Involvement, LoadError, Mismatch, Module,
-    OnDeadline, Out, RemotePtr, Session, SessionBuilder, StartError, WaitPolicy, Worker, WorkerBuilder,
-    WorkerEvent,
+    ARGS_MAX, Block, CallError, Cause, CrashReport, Error, In, InOut, Involvement, LoadError, Mismatch,
+    Module, OnDeadline, Out, RemotePtr, Session, SessionBuilder, Signature, StartError, Type, WaitPolicy,
+    Worker, WorkerBuilder, WorkerEvent,
 };
 use std::ffi::CString;
 use std::sync::Once;
@@ -301,7 +301,21 @@ tests! {
     fn wild_arena_address_harms_nobody() {
         for address in [0, 1, 63, 4096, 1 << 47, u64::MAX - (64 << 10) + 1, u64::MAX - 63, u64::MAX - 1, u64::MAX] {
             let worker = liar(format!("arena-address:{address}")).spawn().unwrap();
-            exercise(&worker.session().unwrap(), 20);
+            let session = worker.session().unwrap();
+            exercise(&session, 20);
+            let f = session.load("libliar.so").unwrap().function::<fn(In<str>, In<str>) -> u64>("f").unwrap();
+            f.call("some text", &"x".repeat(100)).unwrap();
+        }
+    }
+
+    fn more_arguments_than_possible_are_refused_whatever_the_worker_says() {
+        for count in [ARGS_MAX + 1, 200, 300] {
+            let cell = Cell::new("string-length:0");
+            let signature = Signature::new(vec![Type::U8; count], Type::Void);
+            match cell.module.dynamic("f", signature) {
+                Err(LoadError::BadSignature { .. }) => {}
+                other => panic!("{other:?}"),
+            }
         }
     }
 
