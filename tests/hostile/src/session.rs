@@ -112,7 +112,12 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
         "string-to-fetch" => loop {
             let seen = session.next_request();
             if seen.function == fixed::READ && number != 3 {
-                seen.slot.set_word(0, [fixed::FAULT, 12345, fixed::OK][number as usize % 3]);
+                let status = match number {
+                    0 => fixed::FAULT,
+                    1 => 12345,
+                    _ => fixed::OK,
+                };
+                seen.slot.set_word(0, status);
                 wait::reply(seen.slot);
             } else if seen.function == fixed::FREE {
                 seen.slot.set_word(0, fixed::UNKNOWN_BLOCK);
