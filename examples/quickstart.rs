@@ -4,7 +4,9 @@
 //! cargo run --release --example quickstart
 //! ```
 
-use hotcell::{CallError, DynFunction, Function, In, InOut, LoadError, Out, RemotePtr, Session, Worker};
+use hotcell::{
+    CallError, DynFunction, Function, In, InOut, IsolatedProcess, LoadError, Out, RemotePtr, Session, Worker,
+};
 use std::error::Error;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
@@ -45,20 +47,22 @@ fn run() -> Result<(), Box<dyn Error>> {
     let by_name = ours.prototype("int add(int, int)")?;
     measure(&add, &by_name)?;
 
-    // Native code dereferences null. In this process that would be the end; in the cell it is an error that tells what happened.
-    let value_at = ours.function::<fn(RemotePtr) -> i32>("value_at")?;
+    // The short form: one worker with one module, whose functions are called by name. Here native code dereferences null. In this process that would be the
+    // end; in the cell it is an error that tells what happened.
+    let symbols = r#"{"add": {"args": ["i32", "i32"], "returns": "i32"}, "value_at": {"args": ["ptr"], "returns": "i32"}}"#;
+    let cell = IsolatedProcess::start(library, symbols)?;
     println!("\nvalue_at(NULL) crashes its worker:");
-    match value_at.call(RemotePtr::NULL) {
+    match cell.call("value_at", [RemotePtr::NULL]) {
         Err(CallError::Crashed(report)) => println!("{report}"),
         other => return Err(format!("expected a crash, got {other:?}").into()),
     }
 
-    // A crashed worker does not come back; a new one takes its place. Handles to the old one keep answering with its report.
+    // A crashed worker does not come back; a new one takes its place.
     let started = Instant::now();
-    let worker = Worker::spawn()?;
-    let add = worker.session()?.load(&library)?.function::<fn(i32, i32) -> i32>("add")?;
-    let sum = expect(add.call(20, 22)?, 42)?;
-    println!("\nworker {} took its place: add(20, 22) = {sum} after {:.1?}", worker.pid(), started.elapsed());
+    cell.restart()?;
+    let sum: i32 = cell.call("add", (20, 22))?.try_into()?;
+    let sum = expect(sum, 42)?;
+    println!("\nrestarted: add(20, 22) = {sum} after {:.1?}", started.elapsed());
     Ok(())
 }
 

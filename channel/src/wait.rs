@@ -8,7 +8,7 @@
 //!
 //! **How long to spin.** Spinning pays if the answer comes sooner than a sleep and a wake-up would take: about 5 µs where a core is kept awake, 50 µs where it halts
 //! (a virtual machine's). So a side spins for at most [`SPIN_MAX`]. It spins less when that keeps missing: each miss in a row halves
-//! the time. It goes back to the full time as soon as a longer spin hits, or a miss comes after many quick calls in a row; and every [`PROBE_EVERY`]
+//! the time. It goes back to the full time as soon as a longer spin hits, or a miss comes after many quick calls in a row; and every 16
 //! misses it tries the full time once, so that a caller whose calls have become shorter finds out. While both sides were last seen on the same CPU it does not spin at
 //! all, since the other cannot run while we do.
 
@@ -295,7 +295,7 @@ pub enum Which {
 }
 
 /// Worker: waits for a request in the direct slot or in the ring's next slot. `last` is the one served last: the next request is expected there, and
-/// it is looked at every time; the other one first of all, so that neither starves, and then every [`OTHER_EVERY`] looks. (Looking at both every time costs a
+/// it is looked at every time; the other one first of all, so that neither starves, and then every eighth look. (Looking at both every time costs a
 /// near call a tenth of its time.) `calls` is how many requests it has served, for the rule of how long to spin.
 #[inline(always)]
 pub fn wait_request(

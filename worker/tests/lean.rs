@@ -41,6 +41,22 @@ fn named_program_serves_calls() {
 }
 
 #[test]
+fn lean_worker_has_little_memory_of_its_own() {
+    let _watchdog = watchdog();
+    let cell = lean();
+    assert_eq!(cell.add().call(2, 3).unwrap(), 5);
+    let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", cell.worker.pid())).unwrap();
+    let kib = |key: &str| -> u64 {
+        let line =
+            rollup.lines().find(|line| line.starts_with(key)).unwrap_or_else(|| panic!("{key} in {rollup}"));
+        line.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap()
+    };
+    let private = kib("Private_Dirty:") + kib("Private_Clean:");
+    eprintln!("private: {private} KiB, proportional: {} KiB", kib("Pss:"));
+    assert!(private < 2048, "{private} KiB of private memory");
+}
+
+#[test]
 fn crash_in_the_named_program_is_reported_as_in_any_other() {
     let _watchdog = watchdog();
     let cell = lean();
