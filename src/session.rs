@@ -519,8 +519,8 @@ struct Ring {
     published: u64,
     /// Slots whose callers went away before the reply: free once it is there.
     orphans: Vec<(u32, Option<ArenaBlock>)>,
-    /// Dropped blocks that a call nobody waits for may still use.
-    kept_blocks: Vec<ArenaBlock>,
+    /// Dropped blocks that a call nobody waits for may still use, each with the number of the last request that can have been given it.
+    kept_blocks: Vec<(u64, ArenaBlock)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -780,8 +780,12 @@ impl SessionInner {
 
     fn try_claim_ring(&self) -> Option<Frame<'_>> {
         let mut ring = lock(&self.ring);
-        if !ring.orphans.is_empty() || !ring.kept_blocks.is_empty() {
+        if !ring.orphans.is_empty() {
             self.reclaim(&mut ring);
+        }
+        // Once a round.
+        if ring.tail == 0 {
+            self.reclaim_blocks(&mut ring);
         }
         let slots = self.options.slots;
         let slot = ring.tail;
@@ -811,11 +815,27 @@ impl SessionInner {
             }
         }
         ring.orphans = kept;
-        if !ring.kept_blocks.is_empty() && ring.orphans.is_empty() && lock(&self.abandoned).is_empty() {
-            for block in ring.kept_blocks.drain(..) {
+    }
+
+    /// Frees dropped blocks that no call can be using any more. Looks at all slots, so it is not for every call.
+    fn reclaim_blocks(&self, ring: &mut Ring) {
+        if !ring.kept_blocks.is_empty() {
+            let oldest = self.oldest_in_use();
+            for (_, block) in ring.kept_blocks.extract_if(.., |(last, _)| *last < oldest) {
                 self.free_block(block);
             }
         }
+    }
+
+    /// The number of the oldest request of the ring that the worker has not answered; after it, and while an abandoned call runs, blocks are in use. It counts those that nobody
+    /// knows of any more, because their tickets were forgotten.
+    fn oldest_in_use(&self) -> u64 {
+        if !lock(&self.abandoned).is_empty() {
+            return 0;
+        }
+        let pending = (0..self.options.slots)
+            .filter(|at| self.books(*at).busy.load(Acquire) && self.region.slot(*at).turn() == Turn::Pending);
+        pending.map(|at| self.books(at).sequence.load(Relaxed)).min().unwrap_or(u64::MAX)
     }
 
     fn release(&self, lane: Lane) {
@@ -961,26 +981,25 @@ impl SessionInner {
         allocate()
             .or_else(|_| {
                 // Dropped tickets whose calls are over still have their blocks, until somebody looks.
-                self.reclaim(&mut lock(&self.ring));
+                let mut ring = lock(&self.ring);
+                self.reclaim(&mut ring);
+                self.reclaim_blocks(&mut ring);
+                drop(ring);
                 allocate()
             })
             .map_err(|source| CallError::NoRoom { function: function(), source: source.into() })
     }
 
-    /// Frees a block that calls may have been given. A call that nobody waits for any more (a dropped ticket, an abandoned call) may still use it: then it is kept until
-    /// there is none.
+    /// Frees a block that calls may have been given. A call that nobody waits for any more (a dropped or forgotten ticket, an abandoned call) may still use it: then it is kept
+    /// until that is over.
     fn free_when_unused(&self, block: ArenaBlock) {
         if self.is_forked() {
             return; // the lock may be held for ever, by a thread that was not forked
         }
         let mut ring = lock(&self.ring);
-        self.reclaim(&mut ring);
-        if ring.orphans.is_empty() && lock(&self.abandoned).is_empty() {
-            drop(ring);
-            self.free_block(block);
-        } else {
-            ring.kept_blocks.push(block);
-        }
+        let last = ring.published;
+        ring.kept_blocks.push((last, block));
+        self.reclaim_blocks(&mut ring);
     }
 
     fn free_block(&self, block: ArenaBlock) {
@@ -1573,5 +1592,39 @@ impl Frame<'_> {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn calls(session: &Session, count: u32) -> u64 {
+        let direct = &session.inner().direct;
+        let before = direct.published.load(Relaxed);
+        for _ in 0..count {
+            session.ping().unwrap();
+        }
+        direct.published.load(Relaxed) - before
+    }
+
+    #[test]
+    fn a_former_homes_mark_keeps_everybody_out_until_the_home_takes_it_away() {
+        let session = Worker::spawn().unwrap().session().unwrap();
+        let direct = &session.inner().direct;
+        assert_eq!(calls(&session, 1), 1, "the first caller is at home");
+        // What a thread leaves that found the home moved after it had raised the word.
+        direct.busy.store(UNSURE, Relaxed);
+        std::thread::scope(|scope| {
+            let stranger = || calls(&session, 4 * CALLS_TO_MOVE);
+            assert_eq!(scope.spawn(stranger).join().unwrap(), 0, "it may lie over a call of the home's");
+        });
+        assert_eq!(direct.busy.load(Relaxed), UNSURE);
+        assert_eq!(calls(&session, 10), 10);
+        assert_eq!(direct.busy.load(Relaxed), FREE);
+        std::thread::scope(|scope| {
+            let stranger = || calls(&session, 4 * CALLS_TO_MOVE);
+            assert!(scope.spawn(stranger).join().unwrap() > 0, "now it may move");
+        });
     }
 }

@@ -484,3 +484,28 @@ fn close_that_overtakes_an_abandoned_call_closes_the_session() {
     });
     assert!(matches!(cell.session.ping(), Err(CallError::Closed)), "{:?}", cell.session.ping());
 }
+
+#[test]
+fn block_of_a_forgotten_ticket_is_nobody_elses_until_its_call_returns() {
+    let _watchdog = watchdog();
+    let cell = Cell::new();
+    let gate = Gate::new(&cell);
+    let fill = cell.module.function::<fn(RemotePtr, Block, i32, i32) -> i32>("fill_when").unwrap();
+    let given = cell.session.block(64).unwrap();
+    std::mem::forget(fill.submit(gate.pointer(), &given, 64, 0xee).unwrap());
+    let pointer = given.pointer();
+    drop(given);
+    let blocks: Vec<_> = (0..8).map(|_| cell.session.block(64).unwrap()).collect();
+    for block in &blocks {
+        assert!(block.write(0, &[0x11; 64]));
+    }
+    gate.open();
+    cell.session.ping().unwrap();
+    for block in &blocks {
+        assert_eq!(block.read_value::<[u8; 64]>(0), Some([0x11; 64]), "the late write hit a block");
+    }
+    // Its call is over: the room is given back with the next block that is dropped.
+    drop(blocks);
+    let again: Vec<_> = (0..16).map(|_| cell.session.block(64).unwrap()).collect();
+    assert!(again.iter().any(|block| block.pointer() == pointer));
+}
