@@ -166,7 +166,8 @@ impl Module {
         };
         let session = &self.owner.inner;
         let key = (self.index, Arc::clone(&name.symbol), signature.clone(), errno);
-        if let Some(index) = session.resolved_before(&key) {
+        // In a fork its lock may be held for ever.
+        if let Some(index) = (!session.is_forked()).then(|| session.resolved_before(&key)).flatten() {
             return Ok(Resolved { index, label: session.label(name.clone()), name: Arc::new(name) });
         }
         let running = FunctionName { symbol: format!("(resolve {symbol})").into(), ..name.clone() };

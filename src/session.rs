@@ -965,7 +965,7 @@ impl SessionInner {
 
     /// Whether this process is a fork of the one that opened the session. It has copies of the books, but the memory is still shared: what it gave away or
     /// handed out would be missing in the original.
-    fn is_forked(&self) -> bool {
+    pub(crate) fn is_forked(&self) -> bool {
         self.original.load(Relaxed) == 0
     }
 
@@ -1067,6 +1067,9 @@ impl SessionInner {
 
     /// Asks the session's directory of modules and functions. `name` is what a report says was running.
     pub(crate) fn directory(&self, request: &Request, name: &FunctionName) -> Result<Answer, CallError> {
+        if self.is_forked() {
+            return Err(CallError::Forked); // the lock may be held for ever, by a thread that was not forked
+        }
         let _one_at_a_time = lock(&self.directory);
         let label = self.label(name.clone());
         let bytes = control::encode(request);
