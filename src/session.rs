@@ -923,18 +923,20 @@ impl SessionInner {
     /// The function that was running: taken by the worker, and not answered.
     pub(crate) fn running_function(&self) -> Option<FunctionName> {
         let (direct_taken, ring_taken) = self.region.progress().taken();
-        let direct = self.direct.busy.load(Acquire) != FREE
-            && self.direct.published.load(Relaxed) == direct_taken
-            && self.region.direct().turn() == Turn::Pending;
+        // A ring slot's books are kept before its request is published: who has seen the request sees them. The direct slot's come after it, the number last: who
+        // has seen that sees the label.
+        let direct = self.region.direct().turn() == Turn::Pending
+            && self.direct.busy.load(Acquire) != FREE
+            && self.direct.published.load(Acquire) == direct_taken; // SYNC books
         if direct {
             return Some(self.label_name(self.direct.label.load(Relaxed)));
         }
         let running = (0..self.options.slots).find(|at| {
             let books = self.books(*at);
-            books.busy.load(Acquire)
-                && ring_taken != 0
-                && books.sequence.load(Relaxed) == ring_taken
+            ring_taken != 0
                 && self.region.slot(*at).turn() == Turn::Pending
+                && books.busy.load(Acquire)
+                && books.sequence.load(Relaxed) == ring_taken
         })?;
         Some(self.label_name(self.books(running).label.load(Relaxed)))
     }
@@ -1373,11 +1375,12 @@ impl<'s> Frame<'s> {
         match self.lane {
             Lane::Direct => {
                 self.slot.set_function(function, 0);
-                wait::publish(self.slot, session.region.bell());
                 // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
                 // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
-                session.direct.label.store(label, Relaxed);
-                session.direct.published.store(self.sequence, Relaxed);
+                wait::publish_then(self.slot, session.region.bell(), || {
+                    session.direct.label.store(label, Relaxed);
+                    session.direct.published.store(self.sequence, Release); // SYNC books
+                });
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);

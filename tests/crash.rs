@@ -677,3 +677,32 @@ fn crashes_leave_no_descriptor_thread_or_mapping_behind() {
     let after = mappings();
     assert!(after < before + 24, "{before} mappings became {after}");
 }
+
+/// The caller, the monitor and the worker on one CPU: each wake-up may take the CPU from the one that wakes.
+#[test]
+#[allow(unsafe_code)]
+fn culprit_is_known_where_all_share_one_cpu() {
+    let _watchdog = watchdog();
+    if !is_child() {
+        in_child("culprit_is_known_where_all_share_one_cpu", &[]);
+        return;
+    }
+    // The library's threads and its workers come from this thread and stay where it is.
+    // SAFETY: all zeros are an empty CPU set.
+    let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+    // SAFETY: takes nothing.
+    let here = usize::try_from(unsafe { libc::sched_getcpu() }).unwrap();
+    // SAFETY: the set is initialised, and the number is that of a CPU.
+    unsafe { libc::CPU_SET(here, &mut set) };
+    // SAFETY: reads a set of the size given.
+    let status = unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
+    assert_eq!(status, 0, "sched_setaffinity");
+    for _ in 0..20 {
+        let session = Worker::spawn().unwrap().session().unwrap();
+        let exit = session.load("libc.so.6").unwrap().function::<fn(i32)>("_exit").unwrap();
+        // The session's thread goes to sleep.
+        std::thread::sleep(Duration::from_millis(2));
+        let report = crashed(exit.call(3));
+        assert_eq!(report.culprit().map(|function| &*function.symbol), Some("_exit"), "{report}");
+    }
+}

@@ -250,7 +250,16 @@ fn wait_reply_slow(
 /// Host: hands a request over and wakes a sleeping worker.
 #[inline(always)]
 pub fn publish(slot: &Slot, bell: &Doorbell) {
-    if slot.publish() {
+    publish_then(slot, bell, || ());
+}
+
+/// Like [`publish`]; `note` is run when the request is on its way, but before a sleeping worker is woken: that may cost the caller its CPU for as long as the
+/// call takes.
+#[inline(always)]
+pub fn publish_then(slot: &Slot, bell: &Doorbell, note: impl FnOnce()) {
+    let asleep = slot.publish();
+    note();
+    if asleep {
         wake_worker(bell);
     }
 }
