@@ -246,7 +246,7 @@ impl Runtime {
     }
 
     /// Stops watching a worker, whose end has been told.
-    fn remove(&self, worker: &WorkerInner) {
+    pub(crate) fn remove(&self, worker: &WorkerInner) {
         for source in SOURCES {
             self.forget(worker, source);
         }

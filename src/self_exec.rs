@@ -5,7 +5,7 @@
 //! looks at the arguments and returns. Only a process whose arguments are exactly those of a worker, in the executable that this code is part of, becomes
 //! a worker, and then never returns.
 //!
-//! The dynamic linker runs `.init_array` entries with `(argc, argv, envp)` on Linux with glibc. The entry's number (`00101`) sorts it behind the Rust standard library's own
+//! The dynamic linker runs `.init_array` entries with `(argc, argv, envp)` on Linux with glibc; elsewhere there is no initialiser, and the refusal names the way out. The entry's number (`00101`) sorts it behind the Rust standard library's own
 //! and before constructors without a number, so a host's own constructors do not run in a worker (those that do, with smaller numbers or in
 //! libraries that the executable needs, can ask [`is_worker`](crate::is_worker)).
 
@@ -17,10 +17,12 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 static INITIALISED: AtomicBool = AtomicBool::new(false);
 
 // An entry of .init_array must be a function pointer of this type.
+#[cfg(target_env = "gnu")]
 #[used]
 #[unsafe(link_section = ".init_array.00101")]
 static INITIALISER: extern "C" fn(c_int, *const *const c_char, *const *const c_char) = initialise;
 
+#[cfg(target_env = "gnu")]
 extern "C" fn initialise(argc: c_int, argv: *const *const c_char, _envp: *const *const c_char) {
     INITIALISED.store(true, Relaxed);
     // A worker has exactly three arguments with its name.

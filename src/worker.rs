@@ -197,7 +197,12 @@ impl WorkerBuilder {
             .map_err(|source| StartError::Program { program: program.clone(), source })?;
         let inner = Arc::new(WorkerInner::new(spawned, host_end, crash_page, program, self));
         if let Err(error) = runtime.add(&inner) {
+            // Nobody watches it, so it is ended and collected here.
             inner.kill();
+            runtime.remove(&inner);
+            if socket::readable(inner.pidfd.as_fd(), Duration::from_secs(10)) {
+                inner.collect();
+            }
             return Err(StartError::system("watching the worker", error));
         }
         // From here on dropping the owner ends the worker.
