@@ -75,17 +75,23 @@ impl fmt::Display for Value {
     }
 }
 
+#[cold]
+fn wrong_result(expected: &'static str, given: &Value) -> CallError {
+    CallError::WrongResult { expected, given: given.kind() }
+}
+
 macro_rules! from_value {
     ($($t:ident),+) => {$(
         impl TryFrom<Value> for $t {
             type Error = CallError;
+            #[inline(always)]
             fn try_from(value: Value) -> Result<$t, CallError> {
                 let fits = match value {
                     Value::Signed(n) => $t::try_from(n).ok(),
                     Value::Unsigned(n) => $t::try_from(n).ok(),
                     _ => None,
                 };
-                fits.ok_or_else(|| CallError::WrongResult { expected: stringify!($t), given: value.kind() })
+                fits.ok_or_else(|| wrong_result(stringify!($t), &value))
             }
         }
     )+};
@@ -96,10 +102,11 @@ macro_rules! from_value_exactly {
     ($($t:ty, $name:literal, $($pattern:pat => $value:expr),+;)+) => {$(
         impl TryFrom<Value> for $t {
             type Error = CallError;
+            #[inline(always)]
             fn try_from(value: Value) -> Result<$t, CallError> {
                 match value {
                     $($pattern => Ok($value),)+
-                    other => Err(CallError::WrongResult { expected: $name, given: other.kind() }),
+                    other => Err(wrong_result($name, &other)),
                 }
             }
         }
