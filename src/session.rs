@@ -838,6 +838,7 @@ impl SessionInner {
         pending.map(|at| self.books(at).sequence.load(Relaxed)).min().unwrap_or(u64::MAX)
     }
 
+    #[inline(always)]
     fn release(&self, lane: Lane) {
         match lane {
             Lane::Direct => self.direct.busy.store(FREE, Release),
