@@ -139,54 +139,10 @@ impl Callable {
 
     #[inline(always)]
     fn call(&self, slot: &Slot) -> u64 {
-        let i = |at: usize| slot.word(at);
         match &self.shape {
             Shape::Integers(function) => call_integers(*function, slot),
-            Shape::Mixed(function, first) => {
-                let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
-                // SAFETY: as above, with eight vector registers; an f32 lies in the low half of its word as in its register.
-                unsafe {
-                    function(
-                        i(0),
-                        i(1),
-                        i(2),
-                        i(3),
-                        i(4),
-                        i(5),
-                        f(0),
-                        f(1),
-                        f(2),
-                        f(3),
-                        f(4),
-                        f(5),
-                        f(6),
-                        f(7),
-                    )
-                }
-            }
-            Shape::MixedFloat(function, first) => {
-                let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
-                // SAFETY: as above; the result is in xmm0, an f32 in its low half.
-                unsafe {
-                    function(
-                        i(0),
-                        i(1),
-                        i(2),
-                        i(3),
-                        i(4),
-                        i(5),
-                        f(0),
-                        f(1),
-                        f(2),
-                        f(3),
-                        f(4),
-                        f(5),
-                        f(6),
-                        f(7),
-                    )
-                }
-                .to_bits()
-            }
+            Shape::Mixed(function, first) => call_mixed(*function, *first, slot),
+            Shape::MixedFloat(function, first) => call_mixed(*function, *first, slot).to_bits(),
             Shape::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
         }
     }
@@ -198,6 +154,16 @@ fn call_integers(function: Integers, slot: &Slot) -> u64 {
     // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
     // integer arguments; it has no others (checked in `Callable::new`).
     unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }
+}
+
+#[inline(always)]
+fn call_mixed<R>(function: Mixed<R>, first: usize, slot: &Slot) -> R {
+    let i = |at: usize| slot.word(at);
+    // An f32 lies in the low half of its word as in its register.
+    let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
+    let f = [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)];
+    // SAFETY: the module's law. As for `call_integers`, with eight vector registers; R says whether the result is in the integer or the vector one.
+    unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5), f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]) }
 }
 
 impl Prepared {
