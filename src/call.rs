@@ -16,6 +16,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes, a string or a plain value that the function reads. Caller's type: `&[T]`, `&str`, `&CStr`, `&T`.
+///
+/// Plain values are structs whose bytes are all data: `bytemuck::NoUninit` for `In`, `bytemuck::Pod` for [`Out`] and [`InOut`]. The derives come with the crate `bytemuck`
+/// and its feature `derive`; padding has to be spelled out as fields.
+///
+/// ```
+/// # use hotcell::{Out, Worker};
+/// #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+/// #[repr(C)]
+/// struct Timespec {
+///     seconds: i64,
+///     nanoseconds: i64,
+/// }
+///
+/// # fn main() -> Result<(), hotcell::Error> {
+/// # let libc = Worker::spawn()?.session()?.load("libc.so.6")?;
+/// let clock_gettime = libc.function::<fn(i32, Out<Timespec>) -> i32>("clock_gettime")?;
+/// let mut now = Timespec { seconds: 0, nanoseconds: 0 };
+/// assert_eq!(clock_gettime.call(0, &mut now)?, 0);
+/// assert!(now.seconds > 0);
+/// # Ok(()) }
+/// ```
 #[derive(Debug)]
 pub struct In<T: ?Sized>(PhantomData<T>);
 
@@ -72,7 +93,7 @@ pub trait Param: Sealed {
 }
 
 /// The result type of a typed function. Implemented for `()`, the integer and float types, `bool`, [`RemotePtr`],
-/// `CString`, `Option<CString>` and [`WithErrno`] of these.
+/// `CString`, [`Nullable<CString>`](Nullable) and [`WithErrno`] of these.
 pub trait Returned: Sealed {
     /// What the caller gets.
     type Output;
@@ -496,7 +517,7 @@ impl Returned for CString {
     }
 }
 
-/// `None` when the function returns a null pointer.
+/// A string, or `None` when the function returns a null pointer: `Function<fn(..) -> Nullable<CString>>` gives `Option<CString>`.
 #[derive(Debug)]
 pub struct Nullable<R>(PhantomData<R>);
 impl<R> Sealed for Nullable<R> {}

@@ -148,11 +148,18 @@ impl Death {
 /// untrusted, bounded and escaped); and what the call that got this report had to do with it.
 ///
 /// A report never changes. Cloning it is cheap.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct CrashReport {
     pub(crate) death: Arc<Death>,
     pub(crate) function: Option<FunctionName>,
     pub(crate) involvement: Involvement,
+}
+
+/// The report's text: a `main` that returns the error prints this.
+impl fmt::Debug for CrashReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl CrashReport {
@@ -247,6 +254,8 @@ impl fmt::Display for CrashReport {
         let death = &self.death;
         write!(f, "worker {} {}", death.pid, death.cause)?;
         match death.culprit_function() {
+            // The deadline's own text names it already.
+            Some(_) if matches!(death.cause, Cause::DeadlineExceeded { .. }) => {}
             Some(culprit) => write!(f, " in {culprit}")?,
             None if death.running.is_empty() => {}
             None => {

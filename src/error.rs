@@ -31,7 +31,7 @@ impl std::fmt::Display for FunctionName {
 #[non_exhaustive]
 pub enum StartError {
     /// The worker's program could not be started at all.
-    #[error("the worker program {} cannot be started", .program.display())]
+    #[error("the worker program {} cannot be started: {source}", .program.display())]
     Program {
         /// The program.
         program: PathBuf,
@@ -70,8 +70,8 @@ pub enum StartError {
         /// The start timeout.
         after: Duration,
     },
-    /// The worker ended before it was ready.
-    #[error("the worker ended before it was ready: {0}")]
+    /// The worker ended before it, or the session, was ready.
+    #[error("the worker has ended: {0}")]
     Died(Box<CrashReport>),
     /// The worker could not open the session.
     #[error("the worker refused the session: {reason}")]
@@ -192,7 +192,7 @@ pub enum LoadError {
         detail: String,
     },
     /// The signature's text is wrong.
-    #[error("the signatures for module {module} cannot be read")]
+    #[error("the signatures for module {module} cannot be read: {source}")]
     Signature {
         /// The module.
         module: Arc<str>,
@@ -209,7 +209,7 @@ pub enum LoadError {
         detail: String,
     },
     /// The request itself failed: the module crashed or hung its worker while it was loaded, or the worker was gone before.
-    #[error("module {module} could not be loaded or asked")]
+    #[error("module {module} could not be loaded, or a function of it not be found: {source}")]
     Call {
         /// The module.
         module: Arc<str>,
@@ -274,7 +274,7 @@ pub enum CallError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A call by name has the wrong number of arguments.
-    #[error("{function} takes {expected} arguments, {given} were given")]
+    #[error("wrong number of arguments for {function}: {expected} expected, {given} given")]
     WrongCount {
         /// The function.
         function: FunctionName,
@@ -326,7 +326,7 @@ pub enum CallError {
         function: FunctionName,
     },
     /// A string with a NUL byte inside cannot be passed as a C string.
-    #[error("argument {index} of {function} has a NUL byte inside")]
+    #[error("{} of {function} has a NUL byte inside", if *.index == 0 { "a string argument".to_owned() } else { format!("argument {index}") })]
     InteriorNul {
         /// The function.
         function: FunctionName,

@@ -108,10 +108,11 @@ impl Module {
         Function::resolve(self, symbol, Some(fixed))
     }
 
-    /// Finds a function by its C prototype, `"double pow(double, double)"`, or by its definition in JSON; calls to it check their arguments when they are made.
+    /// Finds a function by its C prototype, `"double pow(double, double)"`; calls to it check their arguments when they are made. For several at once, or for
+    /// definitions in JSON, see [`Module::declare`].
     ///
     /// # Errors
-    /// [`LoadError::Signature`] if the text cannot be read, or does not declare exactly one function, and as [`Module::function`].
+    /// [`LoadError::Signature`] if the text is not one prototype, and as [`Module::function`].
     pub fn prototype(&self, text: &str) -> Result<DynFunction, LoadError> {
         let (symbol, signature) = signature::parse_c(text)
             .map_err(|source| LoadError::Signature { module: Arc::clone(&self.name), source })?;
@@ -126,7 +127,7 @@ impl Module {
         DynFunction::resolve(self, symbol, signature)
     }
 
-    /// Finds all functions that a text declares: C prototypes separated by `;`, or the seeds' JSON object. Gives them with the names by which they are declared.
+    /// Finds all functions that a text declares: C prototypes separated by `;`, or the JSON object of `bun:ffi`. Gives them with the names by which they are declared.
     ///
     /// # Errors
     /// As [`Module::prototype`].

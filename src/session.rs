@@ -91,7 +91,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Default: 64 MiB. Largest argument or result of a call, in bytes; 4 KiB to 8 GiB. Memory is only used for what is passed.
+    /// Default: 64 MiB. Largest argument or result of a call, in bytes; 16 KiB to 8 GiB. Memory is only used for what is passed.
     pub fn payload_bytes_max(mut self, bytes: u64) -> Self {
         self.payload_bytes_max = bytes;
         self
@@ -116,8 +116,8 @@ impl SessionBuilder {
         if !(2..=SLOTS_MAX).contains(&self.slots) {
             return bad("slots", self.slots.into(), "2 to 4096");
         }
-        if !(PAGE_BYTES..=8 << 30).contains(&self.payload_bytes_max) {
-            return bad("payload_bytes_max", self.payload_bytes_max, "4 KiB to 8 GiB");
+        if !(fixed::DIRECTORY_BYTES_MAX as u64..=8 << 30).contains(&self.payload_bytes_max) {
+            return bad("payload_bytes_max", self.payload_bytes_max, "16 KiB to 8 GiB");
         }
         if !(1..=self.payload_bytes_max).contains(&self.string_bytes_max) && self.string_bytes_max != 16 << 20
         {
@@ -545,7 +545,6 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 const OWN_LABEL: u32 = 0;
 
 /// The host's half of a session, shared by its handles and the monitor.
-#[derive(Debug)]
 pub(crate) struct SessionInner {
     status: AtomicU32,
     original: &'static AtomicU32,
@@ -569,6 +568,12 @@ pub(crate) struct SessionInner {
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
     pub(crate) worker: Arc<WorkerInner>,
+}
+
+impl std::fmt::Debug for SessionInner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).field("worker", &self.worker).finish_non_exhaustive()
+    }
 }
 
 impl SessionInner {

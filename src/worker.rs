@@ -377,7 +377,6 @@ struct Verdict {
 }
 
 /// The host's side of one worker process, shared by its handles and the monitor.
-#[derive(Debug)]
 pub(crate) struct WorkerInner {
     id: u64,
     pub(crate) pid: u32,
@@ -408,6 +407,12 @@ struct Listener(Box<dyn FnMut(&WorkerEvent) -> bool + Send>);
 impl std::fmt::Debug for Listener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Listener")
+    }
+}
+
+impl std::fmt::Debug for WorkerInner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").field("pid", &self.pid).finish_non_exhaustive()
     }
 }
 

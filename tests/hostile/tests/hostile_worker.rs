@@ -280,7 +280,7 @@ tests! {
 
     fn socket_that_is_never_read_blocks_nobody() {
         let worker = liar("never-reads").start_timeout(Duration::from_secs(3)).spawn().unwrap();
-        let small = || SessionBuilder::new().slots(2).payload_bytes_max(4096);
+        let small = || SessionBuilder::new().slots(2).payload_bytes_max(16 << 10);
         // More requests than the socket holds.
         std::thread::scope(|scope| {
             for _ in 0..400 {
