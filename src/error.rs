@@ -274,7 +274,7 @@ pub enum CallError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// A call by name has the wrong number of arguments.
-    #[error("wrong number of arguments for {function}: {expected} expected, {given} given")]
+    #[error("{function} takes {expected} arguments, {given} were given")]
     WrongCount {
         /// The function.
         function: FunctionName,
