@@ -595,6 +595,13 @@ const fn word_index(types: &[Type], at: usize) -> usize {
     if float { integers + before_same_class } else { before_same_class }
 }
 
+/// A call that failed, with its values if they are still as the caller gave them.
+#[derive(Debug)]
+pub(crate) struct Failed<V> {
+    pub(crate) error: CallError,
+    pub(crate) values: Option<V>,
+}
+
 /// A native function that has been found in its module and whose signature has been prepared, ready to be called from any thread.
 ///
 /// **The signature is a promise of yours that nobody can check**: C keeps no types. A wrong one can make the worker crash or compute nonsense; it cannot harm the
@@ -682,6 +689,79 @@ impl<F: FunctionType> Function<F> {
         frame.publish(self.index, self.label);
         frame.wait(self.timeout, || FunctionName::clone(&self.name))?;
         F::finish(values, words, string, &frame, &self.name)
+    }
+
+    /// Calls the function; a call that fails gives its values back, for whoever may make it again. `still` is asked when the call has its slot and is not yet sent; a no
+    /// ends it with [`CallError::Closed`]. In two branches, for the reason that `claim_direct` gives.
+    #[inline(always)]
+    pub(crate) fn attempt<'a>(
+        &self,
+        values: F::Values<'a>,
+        timeout: Duration,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.claim_direct() {
+            Some(frame) => self.attempt_in(frame, values, timeout, still),
+            None => self.attempt_elsewhere(values, timeout, still),
+        }
+    }
+
+    #[inline(never)]
+    fn attempt_elsewhere<'a>(
+        &self,
+        values: F::Values<'a>,
+        timeout: Duration,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.claim(timeout, || FunctionName::clone(&self.name)) {
+            Ok(frame) => self.attempt_in(frame, values, timeout, still),
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
+    }
+
+    #[inline(always)]
+    fn attempt_in<'a>(
+        &self,
+        mut frame: Frame<'_>,
+        mut values: F::Values<'a>,
+        timeout: Duration,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        if !still() {
+            return Err(Failed { error: CallError::Closed, values: Some(values) });
+        }
+        let (words, string) = match F::encode(&mut values, &mut frame, &self.name) {
+            Ok(encoded) => encoded,
+            Err(error) => return Err(Failed { error, values: Some(values) }),
+        };
+        frame.publish(self.index, self.label);
+        match frame.wait(timeout, || FunctionName::clone(&self.name)) {
+            Ok(()) => F::finish(values, words, string, &frame, &self.name)
+                .map_err(|error| Failed { error, values: None }),
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
+    }
+
+    /// Submits a call; one that cannot be sent gives its values back.
+    pub(crate) fn attempt_submit<'a>(
+        &self,
+        mut values: F::Values<'a>,
+        timeout: Duration,
+    ) -> Result<Ticket<'a, F>, Failed<F::Values<'a>>> {
+        let claimed = self.session.claim_ring(timeout, || FunctionName::clone(&self.name));
+        let encoded = claimed.and_then(|mut frame| {
+            let encoded = F::encode(&mut values, &mut frame, &self.name)?;
+            Ok((frame, encoded))
+        });
+        match encoded {
+            Ok((mut frame, (words, string))) => {
+                frame.publish(self.index, self.label);
+                let detached = Some(frame.detach());
+                let function = Self { timeout, ..self.clone() };
+                Ok(Ticket { function, detached, values: Some(values), words, string })
+            }
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
     }
 
     /// Hands the call to the worker and returns at once. If all slots are taken, waits for one, at most the function's timeout.

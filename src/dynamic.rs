@@ -423,10 +423,16 @@ impl DynFunction {
     /// [`CallError::WrongCount`] and [`CallError::WrongArgument`] before anything is sent, and see [`CallError`].
     #[inline]
     pub fn call<'a>(&self, args: impl IntoArgs<'a>) -> Result<Value, CallError> {
-        args.with(|args| match self.call_quickly(args) {
+        args.with(|args| self.call_with(args))
+    }
+
+    /// [`DynFunction::call`] with arguments that the caller still has afterwards.
+    #[inline(always)]
+    pub(crate) fn call_with(&self, args: &mut [Arg<'_>]) -> Result<Value, CallError> {
+        match self.call_quickly(args) {
             Some(result) => result,
             None => self.call_args(self.index, args, |_| ()).map(|(value, ())| value),
-        })
+        }
     }
 
     /// The commonest call, in a straight line: a few integers that the function takes as they are, no string back, the direct slot free. `None` for any other,

@@ -710,7 +710,8 @@ impl SessionInner {
         let direct = &self.direct;
         let here = this_thread();
         match direct.home.load(Relaxed) {
-            NOBODY => return direct.home.compare_exchange(NOBODY, here, Relaxed, Relaxed).is_ok(),
+            // SYNC vacated
+            NOBODY => return direct.home.compare_exchange(NOBODY, here, Acquire, Relaxed).is_ok(),
             home if home == here => {
                 self.settle_direct(here);
                 return true;
@@ -737,6 +738,14 @@ impl SessionInner {
         let moved = sys::process_barrier() && direct.busy.load(Acquire) == FREE;
         direct.home.store(if moved { here } else { home }, Release);
         moved
+    }
+
+    /// Leaves the direct slot to whoever calls next, if the calling thread is its home. For a thread that has prepared a session for others and will not call again: without it they would
+    /// have to wear out the home's claim first ([`CALLS_TO_MOVE`]).
+    pub(crate) fn leave_home(&self) {
+        // The home makes no call now, so the slot is free. The exchange fails where somebody moves the home at this moment, which is as good. Released, so that the next home
+        // sees the books as this one left them. SYNC vacated
+        let _ = self.direct.home.compare_exchange(this_thread(), NOBODY, Release, Relaxed);
     }
 
     /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
@@ -804,6 +813,34 @@ impl SessionInner {
 
     fn books(&self, slot: u32) -> &RingBooks {
         &self.ring_books[slot as usize]
+    }
+
+    /// How many requests were handed to the worker in the life of the session, its own ones included. Another thread may hand over the next one meanwhile.
+    pub(crate) fn calls_published(&self) -> u64 {
+        self.direct.published.load(Relaxed) + lock(&self.ring).published
+    }
+
+    /// How many calls hold a slot: those in flight, and submitted ones that are answered and neither waited for nor dropped. Looks at every slot, so it is not for every call.
+    pub(crate) fn calls_in_flight(&self) -> usize {
+        let mut ring = lock(&self.ring);
+        self.reclaim(&mut ring);
+        let tail = ring.tail;
+        let submitted =
+            (0..self.options.slots).filter(|at| *at != tail && self.books(*at).busy.load(Acquire)).count();
+        drop(ring);
+        let direct = match self.direct.busy.load(Acquire) {
+            FREE => false,
+            // Left by a former home, and lowered only by the next call of the present one: what tells is the slot.
+            UNSURE => self.region.direct().turn() == Turn::Pending,
+            _ => true,
+        };
+        submitted + usize::from(direct)
+    }
+
+    /// Whether a call holds the direct slot, as far as one load can tell.
+    #[inline(always)]
+    pub(crate) fn is_direct_busy(&self) -> bool {
+        self.direct.busy.load(Relaxed) == TAKEN
     }
 
     /// Frees the slots of callers that went away, where the reply has come.
