@@ -76,50 +76,66 @@ impl fmt::Display for Value {
 }
 
 #[cold]
-fn wrong_result(expected: &'static str, given: &Value) -> CallError {
+#[inline(never)]
+fn wrong_result(expected: &'static str, given: Value) -> CallError {
     CallError::WrongResult { expected, given: given.kind() }
 }
 
+// A value is moved on the way to the error only: where its address is not needed, it stays in registers. Written to memory in pieces and read back whole it would cost a
+// call a third of its time, for the processor stalls on that.
 macro_rules! from_value {
-    ($($t:ident),+) => {$(
+    ($($t:ty, $name:expr, $($pattern:pat => $value:expr),+;)+) => {$(
         impl TryFrom<Value> for $t {
             type Error = CallError;
             #[inline(always)]
             fn try_from(value: Value) -> Result<$t, CallError> {
-                let fits = match value {
-                    Value::Signed(n) => $t::try_from(n).ok(),
-                    Value::Unsigned(n) => $t::try_from(n).ok(),
+                let fits = match &value {
+                    $($pattern => $value,)+
                     _ => None,
                 };
-                fits.ok_or_else(|| wrong_result(stringify!($t), &value))
-            }
-        }
-    )+};
-}
-from_value!(i8, i16, i32, i64, u8, u16, u32, u64, isize, usize);
-
-macro_rules! from_value_exactly {
-    ($($t:ty, $name:literal, $($pattern:pat => $value:expr),+;)+) => {$(
-        impl TryFrom<Value> for $t {
-            type Error = CallError;
-            #[inline(always)]
-            fn try_from(value: Value) -> Result<$t, CallError> {
-                match value {
-                    $($pattern => Ok($value),)+
-                    other => Err(wrong_result($name, &other)),
+                match fits {
+                    Some(fits) => Ok(fits),
+                    None => Err(wrong_result($name, { value })),
                 }
             }
         }
     )+};
 }
-from_value_exactly! {
-    (), "void", Value::Void => ();
-    bool, "bool", Value::Bool(b) => b;
-    f32, "f32", Value::F32(x) => x;
-    f64, "f64", Value::F64(x) => x, Value::F32(x) => f64::from(x);
-    RemotePtr, "ptr", Value::Ptr(p) => p, Value::Null => RemotePtr::NULL;
-    CString, "string", Value::CString(s) => s;
-    Option<CString>, "string or null", Value::CString(s) => Some(s), Value::Null => None;
+macro_rules! from_integer {
+    ($($t:ident),+) => {
+        from_value! {$(
+            $t, stringify!($t), Value::Signed(n) => $t::try_from(*n).ok(), Value::Unsigned(n) => $t::try_from(*n).ok();
+        )+}
+    };
+}
+from_integer!(i8, i16, i32, i64, u8, u16, u32, u64, isize, usize);
+from_value! {
+    (), "void", Value::Void => Some(());
+    bool, "bool", Value::Bool(b) => Some(*b);
+    f32, "f32", Value::F32(x) => Some(*x);
+    f64, "f64", Value::F64(x) => Some(*x), Value::F32(x) => Some(f64::from(*x));
+    RemotePtr, "ptr", Value::Ptr(p) => Some(*p), Value::Null => Some(RemotePtr::NULL);
+}
+
+impl TryFrom<Value> for CString {
+    type Error = CallError;
+    fn try_from(value: Value) -> Result<CString, CallError> {
+        match value {
+            Value::CString(s) => Ok(s),
+            other => Err(wrong_result("string", other)),
+        }
+    }
+}
+
+impl TryFrom<Value> for Option<CString> {
+    type Error = CallError;
+    fn try_from(value: Value) -> Result<Option<CString>, CallError> {
+        match value {
+            Value::CString(s) => Ok(Some(s)),
+            Value::Null => Ok(None),
+            other => Err(wrong_result("string or null", other)),
+        }
+    }
 }
 
 impl TryFrom<Value> for String {
@@ -255,60 +271,52 @@ impl fmt::Display for Arg<'_> {
 }
 
 /// The arguments of a call by name: a tuple of up to twelve, an array, or a `Vec` of things that are [`Arg`]s.
-pub trait IntoArgs<'a> {
-    /// Tries `quick`, and does `body` if that gives `None`. Only `body`'s arguments have to be in memory: what is known of the others when the caller is compiled, their kinds above
-    /// all, is not looked at again.
+pub trait IntoArgs<'a>: Sized {
     #[doc(hidden)]
-    fn with<R>(
-        self,
-        quick: impl FnOnce(&[Arg<'a>]) -> Option<R>,
-        body: impl FnOnce(&mut [Arg<'a>]) -> R,
-    ) -> R;
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R;
+    /// Calls `function` with them.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        self.with(|args| function.call_slice(args))
+    }
 }
 
 impl<'a> IntoArgs<'a> for () {
     #[inline(always)]
-    fn with<R>(
-        self,
-        quick: impl FnOnce(&[Arg<'a>]) -> Option<R>,
-        body: impl FnOnce(&mut [Arg<'a>]) -> R,
-    ) -> R {
-        quick(&[]).unwrap_or_else(|| body(&mut []))
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut [])
+    }
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        function.call_array([])
     }
 }
 impl<'a, T: Into<Arg<'a>>, const N: usize> IntoArgs<'a> for [T; N] {
     #[inline(always)]
-    fn with<R>(
-        self,
-        quick: impl FnOnce(&[Arg<'a>]) -> Option<R>,
-        body: impl FnOnce(&mut [Arg<'a>]) -> R,
-    ) -> R {
-        let args = self.map(Into::into);
-        quick(&args).unwrap_or_else(|| body(&mut { args }))
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut self.map(Into::into))
+    }
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        function.call_array(self.map(Into::into))
     }
 }
 impl<'a, T: Into<Arg<'a>>> IntoArgs<'a> for Vec<T> {
-    fn with<R>(
-        self,
-        quick: impl FnOnce(&[Arg<'a>]) -> Option<R>,
-        body: impl FnOnce(&mut [Arg<'a>]) -> R,
-    ) -> R {
-        let mut args = self.into_iter().map(Into::into).collect::<Vec<_>>();
-        quick(&args).unwrap_or_else(|| body(&mut args))
+    fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+        body(&mut self.into_iter().map(Into::into).collect::<Vec<_>>())
     }
 }
 macro_rules! tuples {
     ($($($T:ident $i:tt),+;)+) => {$(
         impl<'a, $($T: Into<Arg<'a>>),+> IntoArgs<'a> for ($($T,)+) {
             #[inline(always)]
-            fn with<R>(
-                self,
-                quick: impl FnOnce(&[Arg<'a>]) -> Option<R>,
-                body: impl FnOnce(&mut [Arg<'a>]) -> R,
-            ) -> R {
-                let args = [$(self.$i.into()),+];
-                // The copy is made on the way to `body` only.
-                quick(&args).unwrap_or_else(|| body(&mut { args }))
+            fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
+                body(&mut [$(self.$i.into()),+])
+            }
+            #[inline(always)]
+            fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+                function.call_array([$(self.$i.into()),+])
             }
         }
     )+};
@@ -521,14 +529,35 @@ impl DynFunction {
     /// [`CallError::WrongCount`] and [`CallError::WrongArgument`] before anything is sent, and see [`CallError`].
     #[inline]
     pub fn call<'a>(&self, args: impl IntoArgs<'a>) -> Result<Value, CallError> {
-        args.with(
-            |args| match self.call_quickly(args) {
-                Straight::Replied(word) => Some(Ok(self.function.result.value(word, &self.session))),
-                Straight::Failed(error) => Some(Err(*error)),
-                Straight::Elsewhere => None,
-            },
-            |args| self.call_args(self.target.index, args, |_| ()).map(|(value, ())| value),
-        )
+        args.call(self)
+    }
+
+    /// Calls it with arguments of which the caller's compiler knows the number and the kinds. They are put in memory on the way to `call_otherwise` only, and so is its result.
+    #[inline(always)]
+    fn call_array<const N: usize>(&self, args: [Arg<'_>; N]) -> Result<Value, CallError> {
+        match self.call_quickly(&args) {
+            Straight::Replied(word) => Ok(self.function.result.value(word, &self.session)),
+            Straight::Failed(error) => Err(*error),
+            Straight::Elsewhere => {
+                let mut result = Ok(Value::Void);
+                self.call_otherwise(&mut { args }, &mut result);
+                result
+            }
+        }
+    }
+
+    /// Calls it with any arguments.
+    fn call_slice(&self, args: &mut [Arg<'_>]) -> Result<Value, CallError> {
+        match self.call_quickly(args) {
+            Straight::Replied(word) => Ok(self.function.result.value(word, &self.session)),
+            Straight::Failed(error) => Err(*error),
+            Straight::Elsewhere => self.call_args(self.target.index, args, |_| ()).map(|(value, ())| value),
+        }
+    }
+
+    #[inline(never)]
+    fn call_otherwise(&self, args: &mut [Arg<'_>], result: &mut Result<Value, CallError>) {
+        *result = self.call_args(self.target.index, args, |_| ()).map(|(value, ())| value);
     }
 
     /// The commonest call, in a straight line: a few integers that the function takes as they are, or doubles, no string back, the direct slot free. Any other is made
@@ -578,7 +607,7 @@ impl DynFunction {
             }
         };
         let errno = |frame: &Frame<'_>| Errno((frame.reply(2) as u32).cast_signed());
-        Ok(args.with(|_| None, |args| self.call_args(index, args, errno))?)
+        Ok(args.with(|args| self.call_args(index, args, errno))?)
     }
 
     #[inline(never)]
