@@ -54,6 +54,22 @@ pub enum Cause {
     Unknown,
 }
 
+impl Cause {
+    /// A short name of its kind, for counts: `SIGSEGV`, `exit`, `deadline`, …
+    pub(crate) fn kind(&self) -> String {
+        match self {
+            Cause::Exited { .. } => "exit".to_owned(),
+            Cause::Signaled { signal, .. } => signal_name(*signal),
+            Cause::StackOverflow { .. } => "stack overflow".to_owned(),
+            Cause::DeadlineExceeded { .. } => "deadline".to_owned(),
+            Cause::NeverReady { .. } => "never ready".to_owned(),
+            Cause::Disposed => "disposed".to_owned(),
+            Cause::ProtocolBreach { .. } => "protocol breach".to_owned(),
+            Cause::Unknown => "unknown".to_owned(),
+        }
+    }
+}
+
 /// The name of a signal, such as `SIGSEGV`.
 pub(crate) fn signal_name(signal: i32) -> String {
     let name = match signal {

@@ -23,10 +23,10 @@ use crate::session::Session;
 use crate::supervisor::clock::Clock;
 use crate::supervisor::restart::{Restart, RestartPolicy};
 use crate::supervisor::retry::Retry;
+use crate::supervisor::start::BoxError;
 use crate::worker::{Worker, WorkerBuilder};
 use crossbeam_channel::Receiver;
 use keeper::{Config, Recycling, Setup, Shared};
-use std::error::Error as StdError;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -201,7 +201,11 @@ fn check(config: Config) -> Result<Config, StartError> {
     if let Some(policy) = &config.restart {
         policy.check()?;
         if policy.restart == Restart::Never {
-            return bad("restart", "Restart::Never".into(), "OnCrash or Always: a pool lives from replacing its workers");
+            return bad(
+                "restart",
+                "Restart::Never".into(),
+                "OnCrash or Always: a pool lives from replacing its workers",
+            );
         }
     }
     Ok(config)
@@ -210,7 +214,7 @@ fn check(config: Config) -> Result<Config, StartError> {
 impl Pool {
     /// Begins a pool whose workers are prepared by `setup`: it gets a new session and gives the module whose functions the pool calls.
     pub fn builder(
-        setup: impl Fn(&Session) -> Result<Module, Box<dyn StdError + Send + Sync>> + Send + Sync + 'static,
+        setup: impl Fn(&Session) -> Result<Module, BoxError> + Send + Sync + 'static,
     ) -> PoolBuilder {
         let config = Config {
             worker: Worker::builder(),
@@ -230,7 +234,10 @@ impl Pool {
     ///
     /// # Errors
     /// [`LoadError::MissingSymbol`], [`LoadError::BadSignature`], and [`LoadError::Call`] if there is no worker to look it up in.
-    pub fn function<F: FunctionType + 'static>(&self, symbol: &str) -> Result<PoolFunction<F>, LoadError> {
+    pub fn function<F: FunctionType + Send + Sync + 'static>(
+        &self,
+        symbol: &str,
+    ) -> Result<PoolFunction<F>, LoadError> {
         PoolFunction::new(&self.owner, symbol, None)
     }
 
@@ -238,7 +245,7 @@ impl Pool {
     ///
     /// # Errors
     /// As [`Pool::function`].
-    pub fn variadic_function<F: FunctionType + 'static>(
+    pub fn variadic_function<F: FunctionType + Send + Sync + 'static>(
         &self,
         symbol: &str,
         fixed: u8,
@@ -425,7 +432,9 @@ impl fmt::Display for PoolEvent {
             PoolEvent::Lost { worker, role: Role::Standby, report } => {
                 write!(f, "standby {worker} is lost: {}", report.cause())
             }
-            PoolEvent::Lost { worker, report, .. } => write!(f, "worker {worker} is lost: {}", report.cause()),
+            PoolEvent::Lost { worker, report, .. } => {
+                write!(f, "worker {worker} is lost: {}", report.cause())
+            }
             PoolEvent::Replaced { worker, successor, seat, reason } => {
                 write!(f, "worker {worker} has left seat {seat} to {successor}: {reason}")
             }
@@ -436,7 +445,9 @@ impl fmt::Display for PoolEvent {
                 write!(f, "worker {worker} was ended before its calls were over")
             }
             PoolEvent::StartFailed { error } => write!(f, "a worker could not be made ready: {error}"),
-            PoolEvent::CircuitOpened { .. } => f.write_str("workers have ended too often, and none is started for a while"),
+            PoolEvent::CircuitOpened { .. } => {
+                f.write_str("workers have ended too often, and none is started for a while")
+            }
         }
     }
 }

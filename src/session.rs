@@ -10,14 +10,19 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::module::Resolved;
 use crate::monitor::lock;
+use crate::placement::{self, Placement};
+use crate::supervisor::Place;
+use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
 use hotcell_channel::control::{self, ToWorker};
 use hotcell_channel::layout::{
-    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
+    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, HUGE_PAGE_BYTES, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
 };
+use hotcell_channel::placement::Wanted;
 use hotcell_channel::region::{self, Region};
 use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
 use hotcell_channel::signature::Signature;
@@ -31,7 +36,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
     Ordering::SeqCst, compiler_fence,
 };
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
@@ -45,6 +50,7 @@ pub struct SessionBuilder {
     payload_bytes_max: u64,
     string_bytes_max: u64,
     stack_bytes: u64,
+    pub(crate) placement: Wanted,
 }
 
 impl Default for SessionBuilder {
@@ -57,6 +63,7 @@ impl Default for SessionBuilder {
             payload_bytes_max: 64 << 20,
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
+            placement: Wanted::default(),
         }
     }
 }
@@ -126,7 +133,7 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
-        Ok(())
+        placement::check(&self.placement, self.payload_bytes_max)
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -139,8 +146,10 @@ impl SessionBuilder {
 
     fn geometry(&self) -> Geometry {
         // Room for a largest argument, a largest result, what alignment and fragments lose, and blocks beside them. Only used pages cost memory.
-        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(PAGE_BYTES);
-        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX) }
+        let huge_pages = self.placement.huge_pages;
+        let unit = if huge_pages { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(unit);
+        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX), huge_pages }
     }
 }
 
@@ -157,8 +166,11 @@ pub struct Session {
 /// Closes the session when dropped.
 #[derive(Debug)]
 pub(crate) struct SessionOwner {
+    /// Its place with a supervisor. Before the session: when it is given back the session's calls are counted.
+    place: OnceLock<Place>,
     pub(crate) inner: Arc<SessionInner>,
     worker: Arc<WorkerOwner>,
+    placement: Placement,
 }
 
 impl Drop for SessionOwner {
@@ -185,17 +197,23 @@ impl Session {
         let geometry = options.geometry();
         let (region, region_fd) =
             Region::create(geometry, id).map_err(|e| StartError::system("making the session's region", e))?;
-        let inner = Arc::new(SessionInner::new(id, region, region_fd, Arc::clone(&worker.inner), options));
+        let host = placement::back(&region, region_fd.as_fd(), &options.placement)?;
+        let inner = Arc::new_cyclic(|me| {
+            SessionInner::new(me.clone(), id, region, region_fd, Arc::clone(&worker.inner), options)
+        });
         let request = ToWorker::Open {
             session: id,
             slots: geometry.slots,
             arena_bytes: geometry.arena_bytes,
             policy: inner.options.policy,
             stack_bytes: inner.options.stack_bytes,
+            placement: inner.options.placement,
         };
-        let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
+        let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
-        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker) }) })
+        let placement = Placement::new(host, placed);
+        let place = OnceLock::new();
+        Ok(Session { owner: Arc::new(SessionOwner { place, inner, worker: Arc::clone(worker), placement }) })
     }
 
     /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
@@ -209,6 +227,11 @@ impl Session {
     /// The worker that this session is in.
     pub fn worker(&self) -> Worker {
         Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// What became of the options for where the session runs and on which memory, when it was opened.
+    pub fn placement(&self) -> &Placement {
+        &self.owner.placement
     }
 
     /// Calls the worker's session thread and does nothing there: a sign of life.
@@ -309,7 +332,19 @@ impl Session {
     /// As for any call; the session is unusable all the same. Only after [`CallError::Abandoned`] it is still open: it can be closed when the abandoned
     /// call has returned, or dropped, and is then closed by itself.
     pub fn close(&self) -> Result<(), CallError> {
-        self.owner.inner.close()
+        let closed = self.owner.inner.close();
+        if let Some(place) = self.owner.place.get()
+            && self.owner.inner.is_over()
+        {
+            place.closed(&self.worker());
+        }
+        closed
+    }
+
+    /// Gives the session its place with a supervisor.
+    pub(crate) fn take_place(&self, place: Place) {
+        let seated = self.owner.place.set(place);
+        debug_assert!(seated.is_ok(), "a session is placed once");
     }
 
     pub(crate) fn inner(&self) -> &Arc<SessionInner> {
@@ -454,10 +489,13 @@ impl Drop for Block {
     }
 }
 
-const OPEN: u32 = 0;
-const DEAD: u32 = 1;
-const ABANDONED: u32 = 2;
-const CLOSED: u32 = 3;
+/// The session's states. The first is what [`sys::original_process`] holds in the process that opened it, and none is what it holds in a fork, so that one comparison of the two
+/// tells whether calls can be made.
+const OPEN: u32 = sys::ORIGINAL;
+const DEAD: u32 = 2;
+const ABANDONED: u32 = 3;
+const CLOSED: u32 = 4;
+const _: () = assert!(OPEN != 0 && OPEN != DEAD && OPEN != ABANDONED && OPEN != CLOSED);
 
 /// The direct slot's private books.
 ///
@@ -475,6 +513,32 @@ struct DirectBooks {
     published: AtomicU64,
 }
 
+/// How often a session is called, looked at from time to time.
+#[derive(Debug, Default)]
+struct CallRate {
+    /// Calls of threads that were not at home.
+    strangers: u64,
+    /// What was on the clock, and the counts, when it was last looked at after enough calls.
+    at: Option<Instant>,
+    published: u64,
+    strangers_then: u64,
+    dense: bool,
+}
+
+impl CallRate {
+    /// Whether calls follow each other closely.
+    fn is_dense(&mut self, published: u64, now: Instant) -> bool {
+        let calls = published.wrapping_sub(self.published) + self.strangers.wrapping_sub(self.strangers_then);
+        if calls >= turns::DENSE_CALLS {
+            let time = self.at.map(|at| now.saturating_duration_since(at));
+            self.dense =
+                time.is_some_and(|time| time.as_nanos() <= turns::DENSE_CALL.as_nanos() * u128::from(calls));
+            (self.at, self.published, self.strangers_then) = (Some(now), published, self.strangers);
+        }
+        self.dense
+    }
+}
+
 /// What other threads than the direct slot's home have seen of it.
 #[derive(Debug, Default)]
 struct Strangers {
@@ -484,8 +548,11 @@ struct Strangers {
 
 /// Nobody's home.
 const NOBODY: usize = 0;
-/// The home is about to move. (A thread's mark is the address of its own thread-local, so neither is one.)
-const MOVING: usize = 1;
+/// Added to the home's mark by a thread that waits for its turn: the home hands its own on at its next call. (A thread's mark is the address of a word of its own, so
+/// the low bits are free, and neither this nor [`MOVING`] is one.)
+const ASKED: usize = 1;
+/// The home is about to move.
+const MOVING: usize = 2;
 /// Nobody holds the direct slot.
 const FREE: u32 = 0;
 /// Somebody holds the direct slot.
@@ -499,7 +566,7 @@ const CALLS_TO_MOVE: u32 = 32;
 #[inline(always)]
 fn this_thread() -> usize {
     thread_local! {
-        static MARK: u8 = const { 0 };
+        static MARK: u64 = const { 0 };
     }
     MARK.with(|mark| std::ptr::from_ref(mark).addr())
 }
@@ -545,7 +612,8 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 const OWN_LABEL: u32 = 0;
 
 /// The host's half of a session, shared by its handles and the monitor.
-pub(crate) struct SessionInner {
+pub struct SessionInner {
+    me: Weak<SessionInner>,
     status: AtomicU32,
     original: &'static AtomicU32,
     region: Region,
@@ -559,6 +627,7 @@ pub(crate) struct SessionInner {
     waiting: AtomicU32,
     freed: (Mutex<()>, Condvar),
     strangers: Mutex<Strangers>,
+    rate: Mutex<CallRate>,
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
@@ -578,6 +647,7 @@ impl std::fmt::Debug for SessionInner {
 
 impl SessionInner {
     fn new(
+        me: Weak<SessionInner>,
         id: u32,
         region: Region,
         region_fd: OwnedFd,
@@ -588,9 +658,13 @@ impl SessionInner {
         ring_books[0].busy.store(true, Relaxed);
         let own = FunctionName { module: "the session".into(), symbol: "(own work)".into() };
         Self {
+            me,
             status: AtomicU32::new(OPEN),
             original: sys::original_process(),
-            arena: Mutex::new(Arena::new(region.geometry().arena_bytes)),
+            arena: Mutex::new(Arena::with_committed(
+                region.geometry().arena_bytes,
+                options.placement.committed_bytes(),
+            )),
             region,
             arena_address: AtomicU64::new(0),
             spin: Spin::new(options.policy),
@@ -600,6 +674,7 @@ impl SessionInner {
             waiting: AtomicU32::new(0),
             freed: Default::default(),
             strangers: Mutex::default(),
+            rate: Mutex::default(),
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
@@ -646,11 +721,13 @@ impl SessionInner {
         pointer: RemotePtr,
         function: impl FnOnce() -> FunctionName,
     ) -> Result<u64, CallError> {
-        if pointer.session == self.id || pointer.is_null() {
-            Ok(pointer.address)
-        } else {
-            Err(CallError::ForeignPointer { function: function() })
-        }
+        self.address_here(pointer).ok_or_else(|| CallError::ForeignPointer { function: function() })
+    }
+
+    /// A pointer's address; `None` if it is another session's.
+    #[inline(always)]
+    pub(crate) fn address_here(&self, pointer: RemotePtr) -> Option<u64> {
+        (pointer.session == self.id || pointer.is_null()).then_some(pointer.address)
     }
 
     fn address_at(&self, offset: u64) -> u64 {
@@ -666,8 +743,15 @@ impl SessionInner {
     /// stalls on that for longer than everything else here takes.
     #[inline(always)]
     pub(crate) fn claim_direct(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct()?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// Takes the direct slot if that is possible at once, and gives the number of its next request.
+    #[inline(always)]
+    fn take_direct(&self) -> Option<u64> {
         // Both are facts of this process; together one branch.
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != self.original.load(Relaxed) {
             return None;
         }
         let direct = &self.direct;
@@ -683,8 +767,71 @@ impl SessionInner {
             direct.busy.store(UNSURE, Relaxed);
             return None;
         }
-        let sequence = self.direct.published.load(Relaxed) + 1;
-        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+        Some(direct.published.load(Relaxed) + 1)
+    }
+
+    /// A whole call whose arguments and result are plain words, in a straight line: takes the direct slot, lets `words` fill it, publishes, waits, and gives the
+    /// reply's first word. Whatever is not at hand is done elsewhere: a slot that is not to be had at once, a reply that takes long, a call that is lost.
+    ///
+    /// It has no [`Frame`], whose destructor needs it to be in memory: putting it there took half of a call's instructions. Nothing between the claim and the reply can
+    /// panic, and no payload is held, so there is nothing for a destructor to do.
+    #[inline(always)]
+    pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
+        self.call_straight_if(target, || true, words)
+    }
+
+    /// The same, but not here if `still` says no when the slot is taken.
+    #[inline(always)]
+    pub(crate) fn call_straight_if(
+        &self,
+        target: &Target,
+        still: impl FnOnce() -> bool,
+        words: impl FnOnce(&Slot),
+    ) -> Straight {
+        let Some(sequence) = self.take_direct() else { return Straight::Elsewhere };
+        if !still() {
+            self.direct.busy.store(FREE, Release);
+            return Straight::Elsewhere;
+        }
+        let slot = self.region.direct();
+        words(slot);
+        self.publish_direct(slot, target.index, target.label, sequence);
+        if !wait::look_for_reply(slot, &self.spin)
+            && let Some(error) = self.wait_straight(target, sequence)
+        {
+            return Straight::Failed(error);
+        }
+        let word = slot.word(0);
+        self.direct.busy.store(FREE, Release);
+        Straight::Replied(word)
+    }
+
+    /// The rest of a straight call whose reply was not there at the first looks. What comes back fits a register.
+    #[cold]
+    #[inline(never)]
+    fn wait_straight(&self, target: &Target, sequence: u64) -> Option<Box<CallError>> {
+        let mut frame = Frame::new(self, Lane::Direct, self.region.direct(), sequence);
+        frame.stage = Stage::Published;
+        let waited = frame.wait_slowly(target.timeout);
+        if waited != Waited::Replied {
+            let name = FunctionName::clone(&target.name);
+            return Some(Box::new(frame.lost(waited, target.timeout, name)));
+        }
+        // The slot stays taken until the caller has read the reply.
+        std::mem::forget(frame);
+        None
+    }
+
+    /// Hands the direct slot's request over, and keeps the books.
+    #[inline(always)]
+    fn publish_direct(&self, slot: &Slot, function: u32, label: u32, sequence: u64) {
+        slot.set_function(function, 0);
+        // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
+        // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
+        wait::publish_then(slot, self.region.bell(), || {
+            self.direct.label.store(label, Relaxed);
+            self.direct.published.store(sequence, Release); // SYNC books
+        });
     }
 
     /// Takes a slot for a blocking call, waiting at most `timeout` for one if all are taken.
@@ -693,9 +840,10 @@ impl SessionInner {
         timeout: Duration,
         function: impl Fn() -> FunctionName,
     ) -> Result<Frame<'_>, CallError> {
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != self.original.load(Relaxed) {
             self.refuse(&function)?;
         }
+        self.take_turns(timeout);
         if self.move_home()
             && let Some(frame) = self.claim_direct()
         {
@@ -704,13 +852,106 @@ impl SessionInner {
         self.claim_ring(timeout, function)
     }
 
+    /// Hands the calling thread's turn on if it was asked to, notices a crowd, and waits for the thread's turn in it. See [`crate::turns`].
+    #[cold]
+    #[inline(never)]
+    fn take_turns(&self, timeout: Duration) {
+        if self.options.policy == WaitPolicy::Park {
+            return; // sleeps for each reply anyway
+        }
+        let here = this_thread();
+        let home = self.direct.home.load(Relaxed);
+        if home == here | ASKED {
+            // Only the home itself goes away, and not in the middle of a call: it is about to begin one. Who comes next sees its books. Fails if somebody is moving the home at this
+            // moment; then it is theirs, or still asked. SYNC vacate
+            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            Turns::get().leave(here);
+        } else {
+            let joins = match home {
+                NOBODY => Turns::get().waited_for(),
+                home => home != here && self.stranger_in_crowd(here, home),
+            };
+            if !joins {
+                return;
+            }
+        }
+        Turns::get().wait(here, &self.me, timeout);
+        self.leave_workers_cpu();
+    }
+
+    /// Whether the calling thread, which is a stranger to the direct slot, should take turns with the other callers. Looked at in one call of sixteen.
+    fn stranger_in_crowd(&self, here: usize, home: usize) -> bool {
+        let Ok(mut rate) = self.rate.try_lock() else { return false };
+        rate.strangers += 1;
+        if rate.strangers % turns::LOOK_EVERY != 0 {
+            return false;
+        }
+        let published = self.direct.published.load(Relaxed);
+        let home_calls = published != rate.published && home & ASKED == 0 && home != MOVING;
+        let dense = rate.is_dense(published, Instant::now());
+        drop(rate);
+        if !dense {
+            return false;
+        }
+        if !home_calls {
+            return Turns::get().note(&[here]);
+        }
+        let crowded = Turns::get().note(&[home, here]);
+        if crowded {
+            Turns::get().adopt(home, &self.me);
+        }
+        crowded
+    }
+
+    /// For a wait that is about to sleep: whether there is any sense in waiting. Notices a crowd, since in one the worker has lost its CPU.
+    fn still_waits(&self, lane: Lane) -> bool {
+        let waits = matches!(self.status.load(SeqCst), OPEN | ABANDONED);
+        if waits && matches!(lane, Lane::Direct) {
+            self.notice_crowd();
+        }
+        waits
+    }
+
+    fn notice_crowd(&self) {
+        let Ok(mut rate) = self.rate.try_lock() else { return };
+        let published = self.direct.published.load(Relaxed);
+        // Under the policy `Spin` this is asked again and again in one wait.
+        if published.wrapping_sub(rate.published) < turns::DENSE_CALLS
+            || self.options.policy == WaitPolicy::Park
+        {
+            return;
+        }
+        let dense = rate.is_dense(published, Instant::now());
+        drop(rate);
+        let here = this_thread();
+        if dense && Turns::get().note(&[here]) {
+            // It asks itself: after this call it waits for its turn.
+            self.ask_home(here);
+        }
+    }
+
+    /// Asks `home`, if it is the direct slot's home, to go away before its next call.
+    pub(crate) fn ask_home(&self, home: usize) {
+        // It carries no data, and the asked thread is the only one that acts on it.
+        let _ = self.direct.home.compare_exchange(home, home | ASKED, Relaxed, Relaxed);
+    }
+
+    /// Moves the calling thread off the CPU on which the worker was last seen, where they would wait for each other. The thread's affinity is what it was when this returns.
+    fn leave_workers_cpu(&self) {
+        let worker = self.region.progress().worker_cpu();
+        if worker == sys::current_cpu() {
+            // A thread that may run on one CPU only stays there; and where the kernel refuses, so be it: it is slower.
+            let _ = turns::avoid_cpu(worker);
+        }
+    }
+
     /// Makes the calling thread the direct slot's home if it is time for that. True if it is at home now.
     #[cold]
     fn move_home(&self) -> bool {
         let direct = &self.direct;
         let here = this_thread();
         match direct.home.load(Relaxed) {
-            // SYNC vacated
+            // Acquires what the last home left in the books. SYNC vacate
             NOBODY => return direct.home.compare_exchange(NOBODY, here, Acquire, Relaxed).is_ok(),
             home if home == here => {
                 self.settle_direct(here);
@@ -743,9 +984,13 @@ impl SessionInner {
     /// Leaves the direct slot to whoever calls next, if the calling thread is its home. For a thread that has prepared a session for others and will not call again: without it they would
     /// have to wear out the home's claim first ([`CALLS_TO_MOVE`]).
     pub(crate) fn leave_home(&self) {
-        // The home makes no call now, so the slot is free. The exchange fails where somebody moves the home at this moment, which is as good. Released, so that the next home
-        // sees the books as this one left them. SYNC vacated
-        let _ = self.direct.home.compare_exchange(this_thread(), NOBODY, Release, Relaxed);
+        let here = this_thread();
+        let home = self.direct.home.load(Relaxed);
+        if home & !ASKED == here {
+            // The home makes no call now. Fails if somebody is moving the home at this moment, which is as good. SYNC vacate
+            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            Turns::get().leave(here);
+        }
     }
 
     /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
@@ -772,7 +1017,7 @@ impl SessionInner {
     ) -> Result<Frame<'_>, CallError> {
         let mut since = None;
         loop {
-            if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+            if self.status.load(Acquire) != self.original.load(Relaxed) {
                 self.refuse(&function)?;
             }
             if let Some(frame) = self.try_claim_ring() {
@@ -815,18 +1060,16 @@ impl SessionInner {
         &self.ring_books[slot as usize]
     }
 
-    /// How many requests were handed to the worker in the life of the session, its own ones included. Another thread may hand over the next one meanwhile.
-    pub(crate) fn calls_published(&self) -> u64 {
-        self.direct.published.load(Relaxed) + lock(&self.ring).published
-    }
-
-    /// How many calls hold a slot: those in flight, and submitted ones that are answered and neither waited for nor dropped. Looks at every slot, so it is not for every call.
-    pub(crate) fn calls_in_flight(&self) -> usize {
+    /// How many calls hold a slot: those in flight, and submitted ones that are answered and neither waited for nor dropped. Unlike [`SessionInner::calls`] it counts a call from the moment at
+    /// which it has its slot until it has given it back. Looks at every slot, so it is not for every call.
+    pub(crate) fn slots_held(&self) -> usize {
+        if self.status.load(Acquire) == ABANDONED {
+            // The slots of abandoned calls that have returned are given back by the next caller, who may never come.
+            let _ = self.refuse(&|| self.own_name("look"));
+        }
         let mut ring = lock(&self.ring);
         self.reclaim(&mut ring);
-        let tail = ring.tail;
-        let submitted =
-            (0..self.options.slots).filter(|at| *at != tail && self.books(*at).busy.load(Acquire)).count();
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Acquire)).count();
         drop(ring);
         let direct = match self.direct.busy.load(Acquire) {
             FREE => false,
@@ -834,7 +1077,8 @@ impl SessionInner {
             UNSURE => self.region.direct().turn() == Turn::Pending,
             _ => true,
         };
-        submitted + usize::from(direct)
+        // The slot at the tail is busy and has no call in it.
+        busy.saturating_sub(1) + usize::from(direct)
     }
 
     /// Whether a call holds the direct slot, as far as one load can tell.
@@ -1167,6 +1411,26 @@ impl SessionInner {
         self.death_error(Some(name.clone()), true)
     }
 
+    /// How many calls are over, and how many are in flight or were not yet waited for. From the host's own books, but for the direct slot's turn; read while calls go on.
+    pub(crate) fn calls(&self) -> (u64, u64) {
+        let mut ring = lock(&self.ring);
+        if self.is_over() {
+            return (self.direct.published.load(Relaxed) + ring.published, 0);
+        }
+        // Slots of dropped tickets whose calls are over.
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Relaxed)).count() as u64;
+        let direct = u64::from(self.region.direct().turn() == Turn::Pending);
+        // The slot at the tail is busy and has no call in it.
+        let in_flight = busy.saturating_sub(1) + direct;
+        ((self.direct.published.load(Relaxed) + ring.published).saturating_sub(in_flight), in_flight)
+    }
+
+    /// Whether it was closed, or its worker has ended.
+    fn is_over(&self) -> bool {
+        matches!(self.status.load(Acquire), CLOSED | DEAD)
+    }
+
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
     /// the worker is left alone: nobody asked for anything of it.
     fn close_politely(&self) {
@@ -1283,6 +1547,32 @@ enum Stage {
     Replied,
     /// The slot is not ours any more: its worker is dead, or it was abandoned to its call.
     Lost,
+}
+
+/// What a call calls: the half of a function's handle that the session needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) index: u32,
+    pub(crate) label: u32,
+    pub(crate) timeout: Duration,
+    pub(crate) name: Arc<FunctionName>,
+}
+
+impl Target {
+    pub(crate) fn new(resolved: Resolved, timeout: Duration) -> Self {
+        let Resolved { index, label, name } = resolved;
+        Self { index, label, timeout, name }
+    }
+}
+
+/// What became of [`SessionInner::call_straight`]. Small, so that it travels in registers.
+pub(crate) enum Straight {
+    /// The reply's first word. Untrusted.
+    Replied(u64),
+    /// The direct slot is not to be had at once, and nothing has been done.
+    Elsewhere,
+    /// The call is lost.
+    Failed(Box<CallError>),
 }
 
 /// One call's claim on a slot and on payload bytes. Given back when dropped, whatever happened.
@@ -1417,13 +1707,7 @@ impl<'s> Frame<'s> {
         self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                self.slot.set_function(function, 0);
-                // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
-                // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
-                wait::publish_then(self.slot, session.region.bell(), || {
-                    session.direct.label.store(label, Relaxed);
-                    session.direct.published.store(self.sequence, Release); // SYNC books
-                });
+                session.publish_direct(self.slot, function, label, self.sequence);
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);
@@ -1452,15 +1736,23 @@ impl<'s> Frame<'s> {
 
     #[inline(always)]
     fn wait_at_most(&self, timeout: Duration) -> Waited {
+        if wait::look_for_reply(self.slot, &self.session.spin) {
+            return Waited::Replied;
+        }
+        self.wait_slowly(timeout)
+    }
+
+    #[inline(always)]
+    fn wait_slowly(&self, timeout: Duration) -> Waited {
         let session = self.session;
-        wait::wait_reply(
+        wait::wait_reply_slow(
             self.slot,
             &session.spin,
             session.region.bell(),
             session.region.progress(),
             self.sequence,
             timeout,
-            || matches!(session.status.load(SeqCst), OPEN | ABANDONED),
+            || session.still_waits(self.lane),
         )
     }
 

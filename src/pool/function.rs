@@ -179,7 +179,8 @@ pub struct PoolFunction<F: FunctionType> {
     name: Arc<FunctionName>,
     placement: Placement,
     retry: Retry,
-    timeout: Duration,
+    /// If it is not the one that all functions of the pool have.
+    timeout: Option<Duration>,
     _type: std::marker::PhantomData<F>,
 }
 
@@ -196,7 +197,7 @@ fn sticky(key: impl Hash) -> Placement {
     Placement::Sticky(usize::try_from(hasher.finish() >> 32).unwrap_or(0))
 }
 
-impl<F: FunctionType + 'static> PoolFunction<F> {
+impl<F: FunctionType + Send + Sync + 'static> PoolFunction<F> {
     pub(super) fn new(
         owner: &Arc<PoolOwner>,
         symbol: &str,
@@ -209,8 +210,9 @@ impl<F: FunctionType + 'static> PoolFunction<F> {
             variadic_after,
         };
         let symbol = symbol.to_owned();
-        let resolve =
-            move |module: &Module| Ok(Arc::new(Function::<F>::resolve(module, &symbol, variadic_after)?) as _);
+        let resolve = move |module: &Module| {
+            Ok(Arc::new(Function::<F>::resolve(module, &symbol, variadic_after)?) as _)
+        };
         let name = owner.shared.pool_name(&key.symbol);
         let index = owner.shared.register(key, Arc::new(resolve))?;
         Ok(Self {
@@ -219,7 +221,7 @@ impl<F: FunctionType + 'static> PoolFunction<F> {
             name: Arc::new(name),
             placement: Placement::LeastLoaded,
             retry: owner.shared.config.retry,
-            timeout: owner.shared.config.worker.call_timeout(),
+            timeout: None,
             _type: std::marker::PhantomData,
         })
     }
@@ -227,7 +229,7 @@ impl<F: FunctionType + 'static> PoolFunction<F> {
     /// The same function with another deadline for each attempt of a call. The handle can be kept.
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { timeout, ..self.clone() }
+        Self { timeout: Some(timeout), ..self.clone() }
     }
 
     /// The same function, declared to do no harm if it runs twice: a call that may have run is made again too if its worker died or its deadline passed, as often as the pool's
@@ -267,8 +269,18 @@ impl<F: FunctionType + 'static> PoolFunction<F> {
     #[inline(always)]
     pub fn call_tuple(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         self.owner.shared.run(self.to_call(), values, |seat, values| {
-            seat.function::<Function<F>>(self.index).attempt(values, self.timeout, || true)
+            let function = seat.function::<Function<F>>(self.index);
+            match self.timeout {
+                None => function.attempt(values, || true),
+                Some(timeout) => function.with_timeout(timeout).attempt(values, || true),
+            }
         })
+    }
+
+    /// A member's function, with this handle's deadline.
+    fn function_of(&self, seat: &Seat) -> Function<F> {
+        let function = seat.function::<Function<F>>(self.index);
+        self.timeout.map_or_else(|| function.clone(), |timeout| function.with_timeout(timeout))
     }
 
     fn to_call(&self) -> Call<'_> {
@@ -282,9 +294,13 @@ impl<F: FunctionType + 'static> PoolFunction<F> {
     pub fn submit_tuple<'a>(&self, values: F::Values<'a>) -> Result<PoolTicket<'a, F>, CallError> {
         let shared = &self.owner.shared;
         shared.run(self.to_call(), values, |seat, values| {
-            let ticket = seat.function::<Function<F>>(self.index).attempt_submit(values, self.timeout)?;
+            let ticket = self.function_of(seat).attempt_submit(values)?;
             seat.member.in_flight.fetch_add(1, SeqCst);
-            Ok(PoolTicket { ticket: Some(ticket), member: Arc::clone(&seat.member), owner: Arc::clone(&self.owner) })
+            Ok(PoolTicket {
+                ticket: Some(ticket),
+                member: Arc::clone(&seat.member),
+                owner: Arc::clone(&self.owner),
+            })
         })
     }
 }
@@ -302,7 +318,7 @@ pub struct PoolCaller<F: FunctionType> {
     unspent: i64,
 }
 
-impl<F: FunctionType + 'static> PoolCaller<F> {
+impl<F: FunctionType + Send + Sync + 'static> PoolCaller<F> {
     /// Calls the function with a tuple of values: what `call` does, for generic code.
     ///
     /// # Errors
@@ -311,7 +327,7 @@ impl<F: FunctionType + 'static> PoolCaller<F> {
     pub fn call_tuple(&mut self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         let Some((_, function)) = &self.cached else { return self.call_slowly(values) };
         let (shared, generation) = (&*self.function.owner.shared, self.generation);
-        match function.attempt(values, self.function.timeout, || shared.generation() == generation) {
+        match function.attempt(values, || shared.generation() == generation) {
             Ok(output) => {
                 self.unspent += 1;
                 if self.unspent >= shared.batch {
@@ -339,13 +355,16 @@ impl<F: FunctionType + 'static> PoolCaller<F> {
         let shared = &self.function.owner.shared;
         match (failed, self.cached.take()) {
             // The pool has changed since the last call.
-            (Failed { error: CallError::Closed, values: Some(values) }, _) if shared.generation() != self.generation => {
+            (Failed { error: CallError::Closed, values: Some(values) }, _)
+                if shared.generation() != self.generation =>
+            {
                 self.call_slowly(values)
             }
-            (failed, Some((seat, _))) => shared.run_again(self.function.to_call(), seat, failed, |seat, values| {
-                let function = seat.function::<Function<F>>(self.function.index);
-                function.attempt(values, self.function.timeout, || true)
-            }),
+            (failed, Some((seat, _))) => {
+                shared.run_again(self.function.to_call(), seat, failed, |seat, values| {
+                    self.function.function_of(seat).attempt(values, || true)
+                })
+            }
             (Failed { error, .. }, None) => Err(error),
         }
     }
@@ -360,7 +379,7 @@ impl<F: FunctionType + 'static> PoolCaller<F> {
         self.generation = shared.generation();
         let seat = shared.roster.load().pick(function.placement).cloned();
         self.cached = seat.map(|seat| {
-            let cached = seat.function::<Function<F>>(function.index).clone();
+            let cached = function.function_of(&seat);
             (seat, cached)
         });
         function.call_tuple(values)
@@ -467,7 +486,7 @@ impl PoolDynFunction {
         args.with(|args| {
             self.owner.shared.run(call, args, |seat, args: &mut [Arg<'a>]| {
                 let function = seat.function::<DynFunction>(self.index);
-                function.call_with(args).map_err(|error| Failed { error, values: Some(args) })
+                function.call_slice(args).map_err(|error| Failed { error, values: Some(args) })
             })
         })
     }

@@ -18,6 +18,7 @@ use crate::session::Session;
 use crate::supervisor::clock::Clock;
 use crate::supervisor::restart::{Gate, Restart, RestartPolicy, Restarts, why_ended};
 use crate::supervisor::retry::Retry;
+use crate::supervisor::start::BoxError;
 use crate::worker::{WorkerBuilder, WorkerEvent};
 use arc_swap::ArcSwap;
 use crossbeam_utils::CachePadded;
@@ -26,7 +27,6 @@ use hotcell_channel::signature::Signature;
 use hotcell_channel::sys;
 use std::any::TypeId;
 use std::collections::VecDeque;
-use std::error::Error as StdError;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{
     AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed,
@@ -44,7 +44,7 @@ const CALLER_BATCH_MAX: i64 = 1024;
 /// Workers that may die while a function is looked up in them, before that is given up.
 const REGISTER_TRIES: u32 = 4;
 
-pub(super) type Setup = dyn Fn(&Session) -> Result<Module, Box<dyn StdError + Send + Sync>> + Send + Sync;
+pub(super) type Setup = dyn Fn(&Session) -> Result<Module, BoxError> + Send + Sync;
 
 /// How a function of the pool is resolved in a new worker.
 pub(super) type Resolver = Arc<dyn Fn(&Module) -> Result<AnyFunction, LoadError> + Send + Sync>;
@@ -202,8 +202,11 @@ impl Shared {
         let seats = vec![None; config.workers];
         let limit = u32::try_from(5 * (config.workers + config.standby)).unwrap_or(u32::MAX);
         let policy = config.restart.clone();
-        let policy = policy.unwrap_or_else(|| RestartPolicy::default().limit(limit, Duration::from_secs(60)));
-        let batch = config.recycling.calls.map_or(i64::MAX, |calls| i64::try_from(calls / 8).unwrap_or(i64::MAX));
+        let mut policy =
+            policy.unwrap_or_else(|| RestartPolicy::default().limit(limit, Duration::from_secs(60)));
+        policy.restart = Restart::Always;
+        let batch =
+            config.recycling.calls.map_or(i64::MAX, |calls| i64::try_from(calls / 8).unwrap_or(i64::MAX));
         Arc::new(Shared {
             generation: CachePadded::default(),
             roster: ArcSwap::from_pointee(Roster { seats: seats.clone().into_boxed_slice() }),
@@ -221,7 +224,7 @@ impl Shared {
                 due: None,
                 starting: 0,
                 functions: Vec::new(),
-                restarts: Restarts::new(RestartPolicy { restart: Restart::Always, ..policy }),
+                restarts: Restarts::new(policy),
                 failure: None,
                 totals: Totals::default(),
                 moved: false,
@@ -385,7 +388,11 @@ impl Shared {
 
     /// A seat for a call that found none: waits at most the pool's patience for one, and not at all while nothing is started.
     #[cold]
-    pub(super) fn wait_for_seat(&self, placement: Placement, function: &FunctionName) -> Result<Seat, CallError> {
+    pub(super) fn wait_for_seat(
+        &self,
+        placement: Placement,
+        function: &FunctionName,
+    ) -> Result<Seat, CallError> {
         if is_forked() {
             return Err(CallError::Forked);
         }
@@ -517,8 +524,7 @@ impl Shared {
             for leaving in &mut books.leaving {
                 let Why::Replaced { reason, deadline } = leaving.why else { continue };
                 let member = &leaving.seat.member;
-                let over =
-                    member.in_flight.load(SeqCst) == 0 && member.session.inner().calls_in_flight() == 0;
+                let over = member.in_flight.load(SeqCst) == 0 && member.session.inner().slots_held() == 0;
                 if over || now >= deadline {
                     leaving.why = Why::Ending { reason, forced: !over };
                     ends.push((Arc::clone(&leaving.seat.member), over));
@@ -637,7 +643,7 @@ impl Shared {
             // Dropping a payload can panic too.
             std::mem::forget(panic);
             let source = format!("it panicked: {}", what.as_deref().unwrap_or("?")).into();
-            Err(StartError::Hook { hook: "setup", source })
+            Err(setup_failed(source))
         });
         self.arrived(made);
     }
@@ -645,10 +651,9 @@ impl Shared {
     fn make(&self) -> Result<Seat, StartError> {
         let worker = self.config.worker.clone().spawn()?;
         let session = worker.session()?;
-        let hook = |source| StartError::Hook { hook: "setup", source };
-        let module = (self.setup)(&session).map_err(hook)?;
+        let module = (self.setup)(&session).map_err(setup_failed)?;
         if module.session().inner().id() != session.inner().id() {
-            return Err(hook("it gave a module of another session than the one it was given".into()));
+            return Err(setup_failed("it gave a module of another session than the one it was given".into()));
         }
         let id = worker.owner.inner.id();
         let desk = Arc::clone(&self.desk);
@@ -669,14 +674,14 @@ impl Shared {
                 break;
             }
             for resolve in missing {
-                functions.push(resolve(&module).map_err(|error| hook(error.into()))?);
+                functions.push(resolve(&module).map_err(|error| setup_failed(error.into()))?);
             }
         }
         // Whoever calls next, not this thread, is to be at home in the direct slot.
         session.inner().leave_home();
         let member = Member {
             id,
-            calls_before: session.inner().calls_published(),
+            calls_before: session.inner().calls().0,
             worker,
             session,
             module,
@@ -685,7 +690,9 @@ impl Shared {
             leaving: AtomicBool::new(false),
             worn_out: AtomicBool::new(false),
             has_grown: AtomicBool::new(false),
-            calls_left: AtomicI64::new(self.config.recycling.calls.map_or(i64::MAX, |n| n.try_into().unwrap_or(i64::MAX))),
+            calls_left: AtomicI64::new(
+                self.config.recycling.calls.map_or(i64::MAX, |n| n.try_into().unwrap_or(i64::MAX)),
+            ),
             in_flight: CachePadded::new(AtomicU32::new(0)),
         };
         let private_bytes_before = private_bytes(&member);
@@ -721,10 +728,7 @@ impl Shared {
             seat.functions = functions.into();
             made = match resolved {
                 Ok(()) => Ok(seat),
-                Err(error) => {
-                    let error: LoadError = error;
-                    Err(StartError::Hook { hook: "setup", source: error.into() })
-                }
+                Err(error) => Err(setup_failed(LoadError::into(error))),
             };
         }
     }
@@ -784,7 +788,10 @@ impl Shared {
         let end = move || {
             let grace = member.worker.owner.inner.grace();
             if politely && !member.session.inner().close_within(grace) {
-                tracing::debug!(pid = member.worker.pid(), "the session of a replaced worker could not be closed in time");
+                tracing::debug!(
+                    pid = member.worker.pid(),
+                    "the session of a replaced worker could not be closed in time"
+                );
             }
             member.worker.dispose();
         };
@@ -806,7 +813,8 @@ impl Shared {
                 self.leave(books, at, Why::Lost);
             }
             let standbys = std::mem::take(&mut books.standbys);
-            let standbys = standbys.into_iter().map(|seat| Leaving { seat, role: Role::Standby, why: Why::Lost });
+            let standbys =
+                standbys.into_iter().map(|seat| Leaving { seat, role: Role::Standby, why: Why::Lost });
             books.leaving.extend(standbys);
             for leaving in &books.leaving {
                 leaving.seat.member.leaving.store(true, SeqCst);
@@ -837,7 +845,8 @@ impl Shared {
         });
         ready.unwrap_or_else(|| {
             let capacity = self.capacity();
-            let missing = capacity.workers - capacity.serving + capacity.standbys.saturating_sub(capacity.standby);
+            let missing =
+                capacity.workers - capacity.serving + capacity.standbys.saturating_sub(capacity.standby);
             Err(StartError::Incomplete { missing, after: timeout })
         })
     }
@@ -868,7 +877,7 @@ impl Shared {
             pid: seat.member.worker.pid(),
             role,
             calls: seat.member.calls(),
-            in_flight: seat.member.session.inner().calls_in_flight(),
+            in_flight: seat.member.session.inner().slots_held(),
         };
         let serving = books.seats.iter().enumerate();
         let serving = serving.filter_map(|(at, seat)| Some(look(seat.as_ref()?, Role::Serving { seat: at })));
@@ -902,6 +911,10 @@ impl Shared {
     }
 }
 
+fn setup_failed(source: BoxError) -> StartError {
+    StartError::Hook { hook: "setup", source: source.into() }
+}
+
 /// What becomes of a worker that is ready.
 enum Admission {
     Admitted,
@@ -922,7 +935,11 @@ impl Books {
             return Some(self.leaving.remove(at));
         }
         if let Some(at) = self.standbys.iter().position(|seat| seat.member.id == id) {
-            return self.standbys.remove(at).map(|seat| Leaving { seat, role: Role::Standby, why: Why::Lost });
+            return self.standbys.remove(at).map(|seat| Leaving {
+                seat,
+                role: Role::Standby,
+                why: Why::Lost,
+            });
         }
         let at = self.seat_of(id)?;
         self.moved = true;

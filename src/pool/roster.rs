@@ -7,8 +7,8 @@ use crate::session::Session;
 use crate::worker::Worker;
 use crossbeam_utils::CachePadded;
 use std::any::Any;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// One worker of the pool, with the session and the module that its setup made.
@@ -40,7 +40,7 @@ pub(crate) struct Member {
 impl Member {
     /// Calls that the worker was given since it became ready.
     pub(crate) fn calls(&self) -> u64 {
-        self.session.inner().calls_published().saturating_sub(self.calls_before)
+        self.session.inner().calls().0.saturating_sub(self.calls_before)
     }
 
     /// Notes that it was given calls. True once: when it has had as many as it should.
