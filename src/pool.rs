@@ -155,12 +155,6 @@ impl PoolBuilder {
         self
     }
 
-    #[cfg(test)]
-    fn clock(mut self, clock: Clock) -> Self {
-        self.config.clock = clock;
-        self
-    }
-
     /// Starts all workers and standbys, side by side, and waits until they are ready. That takes as long as they take: a start has a deadline ([`WorkerBuilder::start_timeout`]), as has
     /// each call that the setup makes.
     ///
@@ -474,7 +468,7 @@ impl crate::events::Telling for PoolEvent {
 pub struct PoolSnapshot {
     /// How many workers are in which state.
     pub capacity: Capacity,
-    /// Requests that workers were given since they were ready: calls, repeated ones as often as they were made, and what a call needs besides (the rest of a long string).
+    /// Requests that workers were given since they were ready and that are over: calls, repeated ones as often as they were made, and what a call needs besides (the rest of a long string).
     pub calls: u64,
     /// Calls in flight, and submitted ones that nobody has waited for.
     pub in_flight: usize,
@@ -528,7 +522,7 @@ pub struct PoolWorker {
     pub pid: u32,
     /// What it does.
     pub role: Role,
-    /// Requests that it was given since it was ready.
+    /// Requests that it was given since it was ready, and that are over.
     pub calls: u64,
     /// Calls in flight, and submitted ones that nobody has waited for.
     pub in_flight: usize,

@@ -21,6 +21,7 @@ use std::time::Duration;
 const FIXTURE: &str = r#"
 #include <fcntl.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -49,8 +50,11 @@ uint64_t reverse(uint8_t *bytes, uint64_t count) {
   return count;
 }
 static int exists(const char *path) { return access(path, F_OK) == 0; }
-/* Waits until there is such a file, a minute at most. */
+/* Says that it is there, by a file of its own, and waits until there is such a file, a minute at most. */
 int32_t gate(const char *path) {
+  char in[4096];
+  snprintf(in, sizeof in, "%s.in", path);
+  close(open(in, O_CREAT | O_RDWR, 0600));
   for (int i = 0; i < 60000 && !exists(path); i++) usleep(1000);
   return getpid();
 }
@@ -99,6 +103,11 @@ impl Gate {
         let path = folder.path().join("gate");
         let name = CString::new(path.to_str().unwrap()).unwrap();
         Self { _folder: folder, path, name }
+    }
+
+    /// Waits until a call is in the gate.
+    fn until_entered(&self) {
+        until("a call in the gate", || self.path.with_extension("in").exists().then_some(()));
     }
 
     fn open(&self) {
@@ -222,7 +231,7 @@ fn calls_avoid_a_worker_that_is_busy_while_others_are_idle() {
     let file = Gate::new();
     std::thread::scope(|scope| {
         let held = scope.spawn(|| pid_of(gate.call(&file.name)));
-        until_in_flight(&pool, 1);
+        file.until_entered();
         // From threads of whatever number.
         let others: Vec<u32> =
             (0..4).map(|_| scope.spawn(|| pid_of(own_pid.call())).join().unwrap()).collect();
@@ -326,7 +335,7 @@ fn call_behind_a_crash(retry: Retry) -> (Pool, u32, Result<i32, CallError>) {
     let file = Gate::new();
     let (dead, behind) = std::thread::scope(|scope| {
         let culprit = scope.spawn(|| gate.call(&file.name).unwrap_err());
-        until_in_flight(&pool, 1);
+        file.until_entered();
         let behind = scope.spawn(|| own_pid.call());
         until_in_flight(&pool, 2);
         file.open();
@@ -392,7 +401,7 @@ fn bytes_are_sent_again_as_they_were() {
     let file = Gate::new();
     std::thread::scope(|scope| {
         scope.spawn(|| assert!(gate.call(&file.name).is_err()));
-        until_in_flight(&pool, 1);
+        file.until_entered();
         let behind = scope.spawn(|| {
             let mut bytes: Vec<u8> = (0..200).collect();
             assert_eq!(reverse.call(&mut bytes, 200).unwrap(), 200);
@@ -779,7 +788,7 @@ fn calls_in_flight_end_when_the_pool_is_disposed_and_later_ones_are_refused() {
         let file = Gate::new();
         std::thread::scope(|scope| {
             let held = scope.spawn(|| gate.call(&file.name));
-            until_in_flight(&pool, 1);
+            file.until_entered();
             pool.dispose();
             let error = held.join().unwrap().unwrap_err();
             assert!(matches!(error, CallError::Disposed(_)) && error.may_have_run(), "{error:?}");
