@@ -45,6 +45,7 @@ pub struct SessionBuilder {
     payload_bytes_max: u64,
     string_bytes_max: u64,
     stack_bytes: u64,
+    pub(crate) limits: crate::limits::SessionLimits,
 }
 
 impl Default for SessionBuilder {
@@ -57,6 +58,7 @@ impl Default for SessionBuilder {
             payload_bytes_max: 64 << 20,
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
+            limits: crate::limits::SessionLimits::default(),
         }
     }
 }
@@ -126,7 +128,7 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
-        Ok(())
+        self.limits.check()
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -193,6 +195,7 @@ impl Session {
             policy: inner.options.policy,
             stack_bytes: inner.options.stack_bytes,
         };
+        worker.inner.limit_session(&inner)?;
         let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
         Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker) }) })
@@ -222,12 +225,22 @@ impl Session {
     /// Allocates `bytes` zeroed bytes of worker memory. They are freed by [`Session::free`], or with the session.
     ///
     /// # Errors
-    /// [`CallError::OutOfMemory`], and those of any call.
+    /// [`CallError::OutOfMemory`], [`CallError::TooManyBlocks`], and those of any call.
     pub fn alloc(&self, bytes: u64) -> Result<RemotePtr, CallError> {
         let inner = &self.owner.inner;
+        // Counted before it is asked for, so that threads which ask at the same time do not get one too many. A request that is lost stays counted: nobody knows its outcome.
+        let max = inner.options.limits.remote_blocks;
+        let counted =
+            inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| (blocks < max).then_some(blocks + 1));
+        if counted.is_err() {
+            return Err(CallError::TooManyBlocks { max });
+        }
         match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc")? {
             [fixed::OK, address] => Ok(inner.pointer(address)),
-            _ => Err(CallError::OutOfMemory { bytes }),
+            _ => {
+                inner.blocks.fetch_sub(1, Relaxed);
+                Err(CallError::OutOfMemory { bytes })
+            }
         }
     }
 
@@ -239,7 +252,11 @@ impl Session {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("free"))?;
         match inner.fixed(fixed::FREE, &[address], "free")? {
-            [fixed::OK, _] => Ok(()),
+            [fixed::OK, _] => {
+                // A hostile worker may free what it never gave.
+                let _ = inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| blocks.checked_sub(1));
+                Ok(())
+            }
             _ => Err(CallError::UnknownBlock { address }),
         }
     }
@@ -562,6 +579,8 @@ pub(crate) struct SessionInner {
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
+    /// Blocks that `alloc` gave and `free` did not take back.
+    blocks: AtomicU64,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
     resolved: Mutex<FxHashMap<ResolveKey, u32>>,
     id: u32,
@@ -603,6 +622,7 @@ impl SessionInner {
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
+            blocks: AtomicU64::new(0),
             resolved: Mutex::default(),
             id,
             options,
@@ -919,9 +939,16 @@ impl SessionInner {
             (true, true) => Involvement::Culprit,
             (true, false) => Involvement::Bystander,
         };
-        let disposed = death.cause == Cause::Disposed;
         let report = Box::new(CrashReport { death, function, involvement });
-        if disposed { CallError::Disposed(report) } else { CallError::Crashed(report) }
+        // A limit's own error is for the call that exceeded it, or, where nobody can tell which did, for each that ran.
+        let blamed = taken && (involvement == Involvement::Culprit || report.death.culprit.is_none());
+        match report.cause() {
+            Cause::Disposed => CallError::Disposed(report),
+            Cause::CpuTimeExceeded { .. } if blamed => CallError::CpuTimeExceeded(report),
+            Cause::MemoryExceeded { .. } if blamed => CallError::MemoryExceeded(report),
+            Cause::FileSizeExceeded { .. } if blamed => CallError::FileSizeExceeded(report),
+            _ => CallError::Crashed(report),
+        }
     }
 
     // Called by the monitor when the worker has ended.
@@ -1208,6 +1235,7 @@ pub(crate) fn load_failure(kind: FailureKind, detail: &str, function: FunctionNa
         FailureKind::MissingImport => LoadError::MissingImport { module, detail },
         FailureKind::MissingSymbol => LoadError::MissingSymbol { function, detail },
         FailureKind::BadSignature => LoadError::BadSignature { function, detail },
+        FailureKind::OpenFiles => LoadError::OpenFilesExceeded { module, detail },
         FailureKind::TooManyFunctions => LoadError::TooManyFunctions { function, detail },
         _ => LoadError::Linker { module, detail },
     }

@@ -5,7 +5,7 @@ mod faults;
 
 use faults::{Cell, eventually, exited, in_child, is_child, is_gone, next_worker_works, no_children};
 use faults::{open_descriptors, own_threads, watchdog};
-use hotcell::{Cause, StartError, Worker};
+use hotcell::{Cause, Scarce, StartError, Worker};
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::path::{Path, PathBuf};
@@ -195,7 +195,12 @@ fn start_without_descriptors_is_an_error_that_leaves_nothing_and_later_ones_work
                 match session.unwrap() {
                     // Its limit is the one that it was started with, and may be too low to load anything.
                     Ok(session) => session.ping().unwrap(),
-                    Err(StartError::System { .. } | StartError::Refused { .. } | StartError::Died(_)) => {
+                    Err(
+                        StartError::System { .. }
+                        | StartError::Refused { .. }
+                        | StartError::Scarce { what: Scarce::OpenFiles }
+                        | StartError::Died(_),
+                    ) => {
                         sessions_refused += 1;
                     }
                     Err(other) => panic!("{other:?}"),
