@@ -218,8 +218,10 @@ fn start_without_descriptors_is_an_error_that_leaves_nothing_and_later_ones_work
                     ),
                     "{error:?}"
                 );
-                let source = std::error::Error::source(&error).map(ToString::to_string);
-                if let Some(source) = source {
+                // The system's own words are the innermost.
+                let first = std::error::Error::source(&error);
+                if let Some(source) = std::iter::successors(first, |error| error.source()).last() {
+                    let source = source.to_string();
                     assert!(source.contains("Too many open files") || source.contains("EMFILE"), "{source}");
                 }
             }
