@@ -116,6 +116,21 @@ pub enum StartError {
         /// What there is not enough of.
         what: Scarce,
     },
+    /// The kernel refused what a placement option of [`SessionBuilder`](crate::SessionBuilder) asks for. The session was not opened.
+    #[error("{option} cannot be {given} in {place}: {source}; {advice}")]
+    Placement {
+        /// The option.
+        option: &'static str,
+        /// The given value.
+        given: String,
+        /// Which of the two processes was refused.
+        place: &'static str,
+        /// What the kernel said; for the worker, what it says that the kernel said.
+        #[source]
+        source: io::Error,
+        /// What to do about it.
+        advice: &'static str,
+    },
     /// This process is a fork of the one that uses hotcell. Its workers belong to the original.
     #[error("this process is a fork of the one that uses hotcell: it can use hotcell again after exec")]
     Forked,
@@ -145,6 +160,7 @@ impl StartError {
             StartError::LimitUnavailable { .. } => "ERR_LIMIT_UNAVAILABLE",
             StartError::Scarce { what: Scarce::OpenFiles } => "ERR_OPEN_FILES_EXCEEDED",
             StartError::Scarce { what: Scarce::Processes } => "ERR_PROCESSES_EXCEEDED",
+            StartError::Placement { .. } => "ERR_PLACEMENT",
             StartError::Forked => "ERR_FORKED",
         }
     }
@@ -536,7 +552,7 @@ impl CallError {
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
     /// | `ERR_ARGUMENT_COUNT`, `ERR_ARGUMENT_TYPE`, `ERR_RESULT_TYPE`, `ERR_INTERIOR_NUL`, `ERR_FOREIGN_POINTER`, `ERR_UNDECLARED`, `ERR_CALLBACK` | a call that cannot be made as it was written | the errors of these names |
     /// | `ERR_NULL_STRING`, `ERR_STRING_LOST`, `ERR_BAD_ADDRESS`, `ERR_UNKNOWN_BLOCK` | what a call, or the worker's memory, did not give | the errors of these names |
-    /// | `ERR_WORKER_PROGRAM`, `ERR_NO_WORKER_PROGRAM`, `ERR_FOREIGN_EXECUTABLE`, `ERR_WORKER_MISMATCH`, `ERR_START_TIMEOUT`, `ERR_SESSION_REFUSED`, `ERR_SYSTEM`, `ERR_CONFIGURATION`, `ERR_LIMIT_UNAVAILABLE` | no worker, or no session in it | [`StartError`]'s |
+    /// | `ERR_WORKER_PROGRAM`, `ERR_NO_WORKER_PROGRAM`, `ERR_FOREIGN_EXECUTABLE`, `ERR_WORKER_MISMATCH`, `ERR_START_TIMEOUT`, `ERR_SESSION_REFUSED`, `ERR_SYSTEM`, `ERR_CONFIGURATION`, `ERR_LIMIT_UNAVAILABLE`, `ERR_PLACEMENT` | no worker, or no session in it | [`StartError`]'s |
     /// | `ERR_MODULE_NOT_FOUND`, `ERR_MODULE_UNREADABLE`, `ERR_MODULE_NOT_ELF`, `ERR_MODULE_WRONG_KIND`, `ERR_MISSING_DEPENDENCY`, `ERR_MISSING_IMPORT`, `ERR_LINKER`, `ERR_MISSING_SYMBOL`, `ERR_BAD_SIGNATURE`, `ERR_TOO_MANY_FUNCTIONS`, `ERR_SIGNATURE_TEXT` | no module, or no function in it | [`LoadError`]'s |
     ///
     /// A report's [cause](CrashReport::cause) has a code too: [`Cause::code`](crate::Cause::code). It is the more exact one where the error's is `ERR_WORKER_CRASH`.

@@ -56,6 +56,7 @@ mod isolated;
 mod limits;
 mod module;
 mod monitor;
+mod placement;
 #[cfg(feature = "self-exec")]
 mod self_exec;
 mod session;
@@ -77,6 +78,7 @@ pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use limits::{LimitScope, Scarce};
 pub use module::Module;
+pub use placement::{Backing, Placement, Prefault};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,

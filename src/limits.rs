@@ -59,13 +59,6 @@ impl fmt::Display for Scarce {
     }
 }
 
-/// Why a worker did not open a session.
-#[derive(Debug)]
-pub(crate) enum Refusal {
-    Scarce(control::Scarce),
-    Other(String),
-}
-
 /// What is known of a worker's end that can tell whether it exceeded a limit.
 #[derive(Debug)]
 pub(crate) struct Evidence<'a> {
@@ -202,19 +195,18 @@ impl WorkerLimits {
         Ok((None, limits))
     }
 
-    /// A session was not opened.
-    pub(crate) fn refused(&self, refusal: Refusal) -> StartError {
-        match refusal {
-            Refusal::Scarce(control::Scarce::OpenFiles) => StartError::Scarce { what: Scarce::OpenFiles },
-            Refusal::Scarce(control::Scarce::Processes) if self.processes.is_some() => {
+    /// A session was not opened, because there was not enough of something.
+    pub(crate) fn no_room(&self, what: control::Scarce) -> StartError {
+        match what {
+            control::Scarce::OpenFiles => StartError::Scarce { what: Scarce::OpenFiles },
+            control::Scarce::Processes if self.processes.is_some() => {
                 StartError::Scarce { what: Scarce::Processes }
             }
-            Refusal::Scarce(control::Scarce::Processes) => StartError::Refused {
+            control::Scarce::Processes => StartError::Refused {
                 reason:
                     "the session's thread cannot be started: the system gives the worker no further thread"
                         .into(),
             },
-            Refusal::Other(reason) => StartError::Refused { reason },
         }
     }
 

@@ -4,6 +4,7 @@ use crate::{limits, serve};
 use hotcell_channel::control::{self, Hello, Scarce, SessionLimits, ToHost, ToWorker};
 use hotcell_channel::crash::CrashPage;
 use hotcell_channel::layout::Geometry;
+use hotcell_channel::placement::{self, Wanted};
 use hotcell_channel::region::{CrashRegion, Region};
 use hotcell_channel::{socket, sys};
 use std::collections::BTreeMap;
@@ -108,13 +109,14 @@ pub(crate) fn serve(socket: &OwnedFd) -> ! {
             Err(error) => give_up(EXIT_PROTOCOL, &error),
         };
         match control::decode::<ToWorker>(&packet.bytes) {
-            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes }) => {
-                let geometry = Geometry { slots, arena_bytes };
+            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, placement }) => {
+                let geometry = Geometry { slots, arena_bytes, huge_pages: placement.huge_pages };
                 let limits = limited.remove(&session).unwrap_or_default();
                 let fd =
                     if packet.lost_fd { Err(NotOpened::Scarce(Scarce::OpenFiles)) } else { Ok(packet.fd) };
-                let opened =
-                    fd.and_then(|fd| open(socket, fd, session, geometry, policy, stack_bytes, limits));
+                let opened = fd.and_then(|fd| {
+                    open(socket, fd, session, geometry, policy, stack_bytes, placement, limits)
+                });
                 if let Err(not_opened) = opened {
                     not_opened.tell(socket, session);
                 }
@@ -164,6 +166,7 @@ fn open(
     geometry: Geometry,
     policy: hotcell_channel::wait::Policy,
     stack_bytes: u64,
+    placement: Wanted,
     limits: SessionLimits,
 ) -> Result<(), NotOpened> {
     let fd = fd.ok_or_else(|| NotOpened::Refused("no region came with the request".into()))?;
@@ -182,7 +185,16 @@ fn open(
                 Ok(watched) => watched,
                 Err(why) => return NotOpened::Refused(why).tell(&answers, session),
             };
-            let opened = ToHost::Opened { session, arena_address: region.arena_address() };
+            let arena_address = region.arena_address();
+            let opened = match placement::place(&region, &placement) {
+                Ok(placed) if placement.is_any() => ToHost::Placed { session, arena_address, placed },
+                Ok(_) => ToHost::Opened { session, arena_address },
+                Err(failure) => {
+                    let unplaced = ToHost::Unplaced { session, failure };
+                    let _ = socket::send(answers.as_fd(), &control::encode(&unplaced), None);
+                    return;
+                }
+            };
             serve::serve(session, &region, policy, || {
                 let _ = socket::send(answers.as_fd(), &control::encode(&opened), None);
                 drop(answers);
