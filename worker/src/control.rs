@@ -115,7 +115,7 @@ pub(crate) fn serve(socket: &OwnedFd) -> ! {
                 let fd =
                     if packet.lost_fd { Err(NotOpened::Scarce(Scarce::OpenFiles)) } else { Ok(packet.fd) };
                 let opened = fd.and_then(|fd| {
-                    open(socket, fd, session, geometry, policy, stack_bytes, placement, limits)
+                    open(socket, fd, session, geometry, How { policy, stack_bytes, placement, limits })
                 });
                 if let Err(not_opened) = opened {
                     not_opened.tell(socket, session);
@@ -159,16 +159,22 @@ impl NotOpened {
     }
 }
 
+/// How a session's thread is to be.
+struct How {
+    policy: hotcell_channel::wait::Policy,
+    stack_bytes: u64,
+    placement: Wanted,
+    limits: SessionLimits,
+}
+
 fn open(
     socket: &OwnedFd,
     fd: Option<OwnedFd>,
     session: u32,
     geometry: Geometry,
-    policy: hotcell_channel::wait::Policy,
-    stack_bytes: u64,
-    placement: Wanted,
-    limits: SessionLimits,
+    how: How,
 ) -> Result<(), NotOpened> {
+    let How { policy, stack_bytes, placement, limits } = how;
     let fd = fd.ok_or_else(|| NotOpened::Refused("no region came with the request".into()))?;
     let region =
         Region::open(fd.as_fd(), geometry, session).map_err(|e| NotOpened::Refused(e.to_string()))?;
