@@ -1,7 +1,7 @@
 //! The crash report: what a dead worker's host knows, from the kernel first and from the crash page second.
 
 use crate::error::FunctionName;
-use crate::limits::LimitScope;
+use crate::limits::Limited;
 use hotcell_channel::crash::CrashFacts;
 pub use hotcell_channel::crash::{Access, Frame};
 pub use hotcell_channel::sys::Usage;
@@ -43,14 +43,14 @@ pub enum Cause {
     /// session or [that of the worker](crate::WorkerBuilder::cpu_time_max).
     CpuTimeExceeded {
         /// What the limit holds for.
-        scope: LimitScope,
+        scope: Limited,
         /// The limit.
         max: Duration,
     },
     /// It asked for more memory than it may have: [`memory_bytes_max`](crate::WorkerBuilder::memory_bytes_max).
     MemoryExceeded {
         /// What the limit holds for.
-        scope: LimitScope,
+        scope: Limited,
         /// The limit.
         bytes_max: u64,
         /// The signal by which it ended: what native code makes of memory that it does not get, or `SIGKILL` from the kernel.
@@ -93,6 +93,23 @@ impl Cause {
             Cause::NeverReady { .. } => "ERR_START_TIMEOUT",
             Cause::Disposed => "ERR_WORKER_DISPOSED",
             Cause::ProtocolBreach { .. } => "ERR_PROTOCOL",
+        }
+    }
+
+    /// A short name of its kind, for counts: `SIGSEGV`, `exit`, `deadline`, …
+    pub(crate) fn kind(&self) -> String {
+        match self {
+            Cause::Exited { .. } => "exit".to_owned(),
+            Cause::Signaled { signal, .. } => signal_name(*signal),
+            Cause::StackOverflow { .. } => "stack overflow".to_owned(),
+            Cause::DeadlineExceeded { .. } => "deadline".to_owned(),
+            Cause::CpuTimeExceeded { .. } => "CPU time".to_owned(),
+            Cause::MemoryExceeded { .. } => "memory".to_owned(),
+            Cause::FileSizeExceeded { .. } => "file size".to_owned(),
+            Cause::NeverReady { .. } => "never ready".to_owned(),
+            Cause::Disposed => "disposed".to_owned(),
+            Cause::ProtocolBreach { .. } => "protocol breach".to_owned(),
+            Cause::Unknown => "unknown".to_owned(),
         }
     }
 }

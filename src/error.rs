@@ -7,7 +7,7 @@ use hotcell_channel::signature::Type;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 pub use hotcell_channel::control::Mismatch;
@@ -28,7 +28,7 @@ impl std::fmt::Display for FunctionName {
 }
 
 /// Why no worker, or no session in it, could be started.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
     /// The worker's program could not be started at all.
@@ -38,7 +38,7 @@ pub enum StartError {
         program: PathBuf,
         /// What the system said.
         #[source]
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// This library is not part of the running executable (it was loaded into it, by Python for instance), so starting the executable again would not make a
     /// worker but run its `main`.
@@ -90,7 +90,7 @@ pub enum StartError {
         what: &'static str,
         /// What the system said.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// A configured value is out of its range.
     #[error("{option} is {given}, but must be {expected}")]
@@ -116,6 +116,66 @@ pub enum StartError {
         /// What there is not enough of.
         what: Scarce,
     },
+    /// A limit of a [`Supervisor`](crate::Supervisor)'s sessions is reached. Nothing was started.
+    #[error("{scope} has no place for another session: {} open, the limit is {max}{}", sessions(*.open), waited_for(*.waited))]
+    SessionLimit {
+        /// Whose limit it is.
+        scope: LimitScope,
+        /// How many sessions are open under it.
+        open: u32,
+        /// The limit.
+        max: u32,
+        /// How long the request waited for a place; `None` if it was not to wait.
+        waited: Option<Duration>,
+    },
+    /// Somebody else was starting the worker, and had not finished when this request had waited as long as it may.
+    #[error("the worker is being started by another request, which has not finished after {after:?}")]
+    StillStarting {
+        /// How long this request waited.
+        after: Duration,
+    },
+    /// The worker has ended several times, and the next start is held back for longer than this request may wait.
+    #[error("the worker is not started again before {retry_after:?} have passed; it was gone because {last}")]
+    BackingOff {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker has ended more often than its [`RestartPolicy`](crate::RestartPolicy) allows, and is not started for a while.
+    #[error(
+        "the worker has ended more than {} within {within:?} and is not started again before {retry_after:?} have passed; the last time: {last}",
+        times(*.restarts_max)
+    )]
+    CircuitOpen {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// How many restarts there may be in the window.
+        restarts_max: u32,
+        /// The window.
+        within: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker could not be started, and [`Restart::Never`](crate::Restart::Never) allows no second try.
+    #[error("the worker could not be started, and its policy allows no second try: {last}")]
+    NotRestarted {
+        /// Why it could not be started.
+        last: Arc<StartError>,
+    },
+    /// The host's own hook that prepares each worker, or each session, has failed. What it was to prepare was ended.
+    #[error("the hook {hook} has failed: {source}")]
+    Hook {
+        /// Which hook.
+        hook: &'static str,
+        /// What it said.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
     /// The kernel refused what a placement option of [`SessionBuilder`](crate::SessionBuilder) asks for. The session was not opened.
     #[error("{option} cannot be {given} in {place}: {source}; {advice}")]
     Placement {
@@ -127,7 +187,7 @@ pub enum StartError {
         place: &'static str,
         /// What the kernel said; for the worker, what it says that the kernel said.
         #[source]
-        source: io::Error,
+        source: Arc<io::Error>,
         /// What to do about it.
         advice: &'static str,
     },
@@ -136,12 +196,46 @@ pub enum StartError {
     Forked,
 }
 
+/// Whose limit of sessions it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LimitScope {
+    /// Each worker's.
+    Worker,
+    /// Each tenant's; this one's is reached.
+    Tenant(Arc<str>),
+    /// The supervisor's.
+    Supervisor,
+}
+
+impl std::fmt::Display for LimitScope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            LimitScope::Worker => f.write_str("the worker"),
+            LimitScope::Tenant(tenant) => write!(f, "tenant {tenant:?}"),
+            LimitScope::Supervisor => f.write_str("the supervisor"),
+        }
+    }
+}
+
+fn sessions(open: u32) -> String {
+    if open == 1 { "1 session is".to_owned() } else { format!("{open} sessions are") }
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".to_owned() } else { format!("{count} times") }
+}
+
+fn waited_for(waited: Option<Duration>) -> String {
+    waited.map_or_else(String::new, |waited| format!(", and none was closed within {waited:?}"))
+}
+
 impl StartError {
     pub(crate) fn system(
         what: &'static str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        StartError::System { what, source: source.into() }
+        StartError::System { what, source: source.into().into() }
     }
 
     /// A stable name for programs: see [`CallError::code`].
@@ -161,6 +255,12 @@ impl StartError {
             StartError::Scarce { what: Scarce::OpenFiles } => "ERR_OPEN_FILES_EXCEEDED",
             StartError::Scarce { what: Scarce::Processes } => "ERR_PROCESSES_EXCEEDED",
             StartError::Placement { .. } => "ERR_PLACEMENT",
+            StartError::SessionLimit { .. } => "ERR_SESSION_LIMIT",
+            StartError::StillStarting { .. } => "ERR_STILL_STARTING",
+            StartError::BackingOff { .. } => "ERR_BACKING_OFF",
+            StartError::CircuitOpen { .. } => "ERR_CIRCUIT_OPEN",
+            StartError::NotRestarted { last } => last.code(),
+            StartError::Hook { .. } => "ERR_HOOK",
             StartError::Forked => "ERR_FORKED",
         }
     }
@@ -549,6 +649,7 @@ impl CallError {
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
     /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach) |
+    /// | `ERR_SESSION_LIMIT`, `ERR_STILL_STARTING`, `ERR_BACKING_OFF`, `ERR_CIRCUIT_OPEN`, `ERR_HOOK` | a supervisor does not open the session | [`StartError`]'s |
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
     /// | `ERR_ARGUMENT_COUNT`, `ERR_ARGUMENT_TYPE`, `ERR_RESULT_TYPE`, `ERR_INTERIOR_NUL`, `ERR_FOREIGN_POINTER`, `ERR_UNDECLARED`, `ERR_CALLBACK` | a call that cannot be made as it was written | the errors of these names |
     /// | `ERR_NULL_STRING`, `ERR_STRING_LOST`, `ERR_BAD_ADDRESS`, `ERR_UNKNOWN_BLOCK` | what a call, or the worker's memory, did not give | the errors of these names |

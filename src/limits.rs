@@ -21,7 +21,7 @@ use std::time::Duration;
 /// What a limit holds for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum LimitScope {
+pub enum Limited {
     /// One call.
     Call,
     /// A session: the thread that serves it.
@@ -30,12 +30,12 @@ pub enum LimitScope {
     Worker,
 }
 
-impl fmt::Display for LimitScope {
+impl fmt::Display for Limited {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            LimitScope::Call => "call",
-            LimitScope::Session => "session",
-            LimitScope::Worker => "worker",
+            Limited::Call => "call",
+            Limited::Session => "session",
+            Limited::Worker => "worker",
         })
     }
 }
@@ -223,23 +223,23 @@ impl WorkerLimits {
             && evidence.memory_kills > 0
             && let Some(bytes_max) = self.memory_bytes
         {
-            return Some((memory(LimitScope::Worker, bytes_max), None));
+            return Some((memory(Limited::Worker, bytes_max), None));
         }
         let session = evidence.note.and_then(|note| note.session);
         let (scope, max) = match evidence.note.map(|note| note.exceeded) {
             Some(Exceeded::WorkerMemory) => {
-                return self.memory_bytes.map(|bytes_max| (memory(LimitScope::Worker, bytes_max), session));
+                return self.memory_bytes.map(|bytes_max| (memory(Limited::Worker, bytes_max), session));
             }
-            Some(Exceeded::CallCpuTime) => (LimitScope::Call, of_session(session?).cpu_time_per_call),
-            Some(Exceeded::SessionCpuTime) => (LimitScope::Session, of_session(session?).cpu_time),
-            Some(Exceeded::WorkerCpuTime) => (LimitScope::Worker, self.cpu_time),
+            Some(Exceeded::CallCpuTime) => (Limited::Call, of_session(session?).cpu_time_per_call),
+            Some(Exceeded::SessionCpuTime) => (Limited::Session, of_session(session?).cpu_time),
+            Some(Exceeded::WorkerCpuTime) => (Limited::Worker, self.cpu_time),
             // Whoever sets such a limit tells of it.
             Some(Exceeded::SessionMemory) => return None,
             None if signal == libc::SIGXFSZ => {
                 return self.file_bytes.map(|bytes_max| (Cause::FileSizeExceeded { bytes_max }, None));
             }
             // The kernel's own limit, behind the watcher's.
-            None if matches!(signal, libc::SIGXCPU | libc::SIGKILL) => (LimitScope::Worker, self.cpu_time),
+            None if matches!(signal, libc::SIGXCPU | libc::SIGKILL) => (Limited::Worker, self.cpu_time),
             None => return None,
         };
         let max = max?;

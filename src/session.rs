@@ -13,6 +13,7 @@ use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::module::Resolved;
 use crate::monitor::lock;
 use crate::placement::{self, Placement};
+use crate::supervisor::Place;
 use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
@@ -35,7 +36,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
     Ordering::SeqCst, compiler_fence,
 };
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
@@ -168,6 +169,8 @@ pub struct Session {
 /// Closes the session when dropped.
 #[derive(Debug)]
 pub(crate) struct SessionOwner {
+    /// Its place with a supervisor. Before the session: when it is given back the session's calls are counted.
+    place: OnceLock<Place>,
     pub(crate) inner: Arc<SessionInner>,
     worker: Arc<WorkerOwner>,
     placement: Placement,
@@ -213,7 +216,8 @@ impl Session {
         let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
         let placement = Placement::new(host, placed);
-        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker), placement }) })
+        let place = OnceLock::new();
+        Ok(Session { owner: Arc::new(SessionOwner { place, inner, worker: Arc::clone(worker), placement }) })
     }
 
     /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
@@ -346,7 +350,19 @@ impl Session {
     /// As for any call; the session is unusable all the same. Only after [`CallError::Abandoned`] it is still open: it can be closed when the abandoned
     /// call has returned, or dropped, and is then closed by itself.
     pub fn close(&self) -> Result<(), CallError> {
-        self.owner.inner.close()
+        let closed = self.owner.inner.close();
+        if let Some(place) = self.owner.place.get()
+            && self.owner.inner.is_over()
+        {
+            place.closed(&self.worker());
+        }
+        closed
+    }
+
+    /// Gives the session its place with a supervisor.
+    pub(crate) fn take_place(&self, place: Place) {
+        let seated = self.owner.place.set(place);
+        debug_assert!(seated.is_ok(), "a session is placed once");
     }
 
     pub(crate) fn inner(&self) -> &Arc<SessionInner> {
@@ -1367,6 +1383,26 @@ impl SessionInner {
     pub(crate) fn broken(&self, what: String, name: &FunctionName) -> CallError {
         self.worker.breach(format!("{what} from {name}"), Some(self.id));
         self.death_error(Some(name.clone()), true)
+    }
+
+    /// How many calls are over, and how many are in flight or were not yet waited for. From the host's own books, but for the direct slot's turn; read while calls go on.
+    pub(crate) fn calls(&self) -> (u64, u64) {
+        let mut ring = lock(&self.ring);
+        if self.is_over() {
+            return (self.direct.published.load(Relaxed) + ring.published, 0);
+        }
+        // Slots of dropped tickets whose calls are over.
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Relaxed)).count() as u64;
+        let direct = u64::from(self.region.direct().turn() == Turn::Pending);
+        // The slot at the tail is busy and has no call in it.
+        let in_flight = busy.saturating_sub(1) + direct;
+        ((self.direct.published.load(Relaxed) + ring.published).saturating_sub(in_flight), in_flight)
+    }
+
+    /// Whether it was closed, or its worker has ended.
+    fn is_over(&self) -> bool {
+        matches!(self.status.load(Acquire), CLOSED | DEAD)
     }
 
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and

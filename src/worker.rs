@@ -183,6 +183,10 @@ impl WorkerBuilder {
         self
     }
 
+    pub(crate) fn session_options(&self) -> &SessionBuilder {
+        &self.session
+    }
+
     /// Starts the worker and waits until it is ready.
     ///
     /// # Errors
@@ -201,7 +205,7 @@ impl WorkerBuilder {
         command.stdin(Stdio::from(worker_end));
         let spawned = runtime
             .spawn(command)
-            .map_err(|source| StartError::Program { program: program.clone(), source })?;
+            .map_err(|source| StartError::Program { program: program.clone(), source: source.into() })?;
         let inner = Arc::new(WorkerInner::new(spawned, host_end, crash_page, program, self));
         if let Err(error) = runtime.add(&inner) {
             // Nobody watches it, so it is ended and collected here.
@@ -368,13 +372,8 @@ impl Worker {
     /// Calls in flight end with [`CallError::Disposed`](crate::CallError::Disposed). Disposing again does nothing. Any thread may call it, an
     /// event handler too.
     pub fn dispose(&self) {
-        let inner = &self.owner.inner;
-        inner.begin_dispose();
-        if sys::original_process().load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let patience = inner.grace.saturating_add(Duration::from_secs(10));
-        inner.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
+        self.owner.inner.begin_dispose();
+        self.owner.inner.wait_disposed();
     }
 }
 
@@ -696,7 +695,7 @@ impl WorkerInner {
     /// Ends the worker because it broke the protocol.
     pub(crate) fn breach(&self, what: impl Into<String>, session: Option<u32>) {
         let what = what.into();
-        tracing::warn!(pid = self.pid, what, "worker broke the protocol");
+        monitor::guarded(|| tracing::warn!(pid = self.pid, what, "worker broke the protocol"));
         self.end(Cause::ProtocolBreach { what }, session);
     }
 
@@ -722,6 +721,14 @@ impl WorkerInner {
         match monitor::runtime() {
             Ok(runtime) if !self.grace.is_zero() => runtime.end_after(self, self.grace, None),
             _ => self.kill(),
+        }
+    }
+
+    /// After [`WorkerInner::begin_dispose`]: until it is gone.
+    pub(crate) fn wait_disposed(&self) {
+        if sys::original_process().load(Ordering::Relaxed) == 1 {
+            let patience = self.grace.saturating_add(Duration::from_secs(10));
+            self.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
         }
     }
 
@@ -796,7 +803,7 @@ impl WorkerInner {
         });
         let stderr_tail: Vec<u8> = lock(&self.stderr_tail).iter().copied().collect();
         let stderr_tail = printable(&stderr_tail);
-        tracing::debug!(pid = self.pid, %cause, "worker ended");
+        monitor::guarded(|| tracing::debug!(pid = self.pid, %cause, "worker ended"));
         let stderr_dropped = self.stderr_dropped.load(Ordering::Relaxed);
         let death =
             Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail, stderr_dropped };
