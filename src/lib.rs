@@ -52,6 +52,7 @@ mod dynamic;
 mod error;
 mod events;
 mod isolated;
+mod latencies;
 mod module;
 mod monitor;
 mod placement;
@@ -74,6 +75,7 @@ pub use error::{CallError, Error, FunctionName, LimitScope, LoadError, Mismatch,
 pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
+pub use latencies::{Counters, Latencies};
 pub use module::Module;
 pub use placement::{Backing, Placement, Prefault};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
