@@ -53,6 +53,7 @@ mod dynamic;
 mod error;
 mod events;
 mod isolated;
+mod latencies;
 mod limits;
 mod module;
 mod monitor;
@@ -77,6 +78,7 @@ pub use error::{CallError, Error, FunctionName, LimitScope, LoadError, Mismatch,
 pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
+pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
 pub use module::Module;
 pub use placement::{Backing, Placement, Prefault};

@@ -10,6 +10,7 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::latencies::{Counters, Latencies, Recorder};
 use crate::module::Resolved;
 use crate::monitor::lock;
 use crate::placement::{self, Placement};
@@ -52,6 +53,7 @@ pub struct SessionBuilder {
     stack_bytes: u64,
     pub(crate) placement: Wanted,
     pub(crate) limits: crate::limits::SessionLimits,
+    latencies: bool,
 }
 
 impl Default for SessionBuilder {
@@ -66,6 +68,7 @@ impl Default for SessionBuilder {
             stack_bytes: 8 << 20,
             placement: Wanted::default(),
             limits: crate::limits::SessionLimits::default(),
+            latencies: false,
         }
     }
 }
@@ -115,6 +118,12 @@ impl SessionBuilder {
     /// Default: 8 MiB. Stack of the session's thread in the worker, in bytes; 64 KiB to 1 GiB.
     pub fn stack_bytes(mut self, bytes: u64) -> Self {
         self.stack_bytes = bytes;
+        self
+    }
+
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    pub fn latencies(mut self, measure: bool) -> Self {
+        self.latencies = measure;
         self
     }
 
@@ -231,6 +240,17 @@ impl Session {
     /// The worker that this session is in.
     pub fn worker(&self) -> Worker {
         Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// How long calls took up to now; `None` unless [`SessionBuilder::latencies`] is on. Any thread may ask at any time, also when the session is closed or its worker dead; calls go
+    /// on meanwhile.
+    pub fn latencies(&self) -> Option<Latencies> {
+        self.owner.inner.latencies().map(Recorder::read)
+    }
+
+    /// How many requests were sent, and how the waits for them ended. Always counted, since only waits that are long already are. Any thread may ask at any time; calls go on meanwhile.
+    pub fn counters(&self) -> Counters {
+        self.owner.inner.counters()
     }
 
     /// What became of the options for where the session runs and on which memory, when it was opened.
@@ -629,10 +649,15 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 /// The label of whatever the session does on its own account.
 const OWN_LABEL: u32 = 0;
 
+/// In place of the fork marker: no call is a plain one.
+static MEASURED: AtomicU32 = AtomicU32::new(0);
+
 /// The host's half of a session, shared by its handles and the monitor.
 pub struct SessionInner {
     me: Weak<SessionInner>,
     status: AtomicU32,
+    /// 1 where the way of a plain call may be taken: as `original`, and always 0 where calls are measured.
+    plain: &'static AtomicU32,
     original: &'static AtomicU32,
     region: Region,
     arena_address: AtomicU64,
@@ -653,6 +678,7 @@ pub struct SessionInner {
     blocks: AtomicU64,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
     resolved: Mutex<FxHashMap<ResolveKey, u32>>,
+    latencies: Option<Recorder>,
     id: u32,
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
@@ -680,7 +706,9 @@ impl SessionInner {
         Self {
             me,
             status: AtomicU32::new(OPEN),
+            plain: if options.latencies { &MEASURED } else { sys::original_process() },
             original: sys::original_process(),
+            latencies: options.latencies.then(Recorder::new),
             arena: Mutex::new(Arena::with_committed(
                 region.geometry().arena_bytes,
                 options.placement.committed_bytes(),
@@ -713,6 +741,21 @@ impl SessionInner {
 
     pub(crate) fn own_name(&self, what: &str) -> FunctionName {
         FunctionName { module: "the session".into(), symbol: what.into() }
+    }
+
+    /// Where calls are measured: what measures them.
+    #[inline(always)]
+    pub(crate) fn latencies(&self) -> Option<&Recorder> {
+        self.latencies.as_ref()
+    }
+
+    fn counters(&self) -> Counters {
+        let (spun, parked) = self.spin.waits();
+        let (worker_spun, worker_parked) = self.region.progress().waits();
+        let direct = self.direct.published.load(Relaxed);
+        // In a fork the lock may be held for ever, by a thread that was not forked.
+        let ring = if self.is_forked() { 0 } else { lock(&self.ring).published };
+        Counters { requests: direct + ring, spun, parked, worker_spun, worker_parked }
     }
 
     /// The label by which reports find a function's name. The same name has the same label.
@@ -764,15 +807,22 @@ impl SessionInner {
     /// stalls on that for longer than everything else here takes.
     #[inline(always)]
     pub(crate) fn claim_direct(&self) -> Option<Frame<'_>> {
-        let sequence = self.take_direct()?;
+        let sequence = self.take_direct(self.plain)?;
         Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
     }
 
-    /// Takes the direct slot if that is possible at once, and gives the number of its next request.
+    /// [`SessionInner::claim_direct`] for a call that is measured, which is no plain one.
     #[inline(always)]
-    fn take_direct(&self) -> Option<u64> {
+    pub(crate) fn claim_direct_measured(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct(self.original)?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// Takes the direct slot if that is possible at once, and gives the number of its next request. `may` is the fork marker, or what stands in its place.
+    #[inline(always)]
+    fn take_direct(&self, may: &AtomicU32) -> Option<u64> {
         // Both are facts of this process; together one branch.
-        if self.status.load(Acquire) != self.original.load(Relaxed) {
+        if self.status.load(Acquire) != may.load(Relaxed) {
             return None;
         }
         let direct = &self.direct;
@@ -798,7 +848,7 @@ impl SessionInner {
     /// panic, and no payload is held, so there is nothing for a destructor to do.
     #[inline(always)]
     pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
-        let Some(sequence) = self.take_direct() else { return Straight::Elsewhere };
+        let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
         let slot = self.region.direct();
         words(slot);
         self.publish_direct(slot, target.index, target.label, sequence);
@@ -851,7 +901,7 @@ impl SessionInner {
         }
         self.take_turns(timeout);
         if self.move_home()
-            && let Some(frame) = self.claim_direct()
+            && let Some(frame) = self.claim_direct_measured()
         {
             return Ok(frame);
         }
