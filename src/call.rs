@@ -733,6 +733,22 @@ impl<F: FunctionType> Function<F> {
 
     #[inline(never)]
     fn call_elsewhere(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        match self.session.latencies() {
+            None => self.call_claimed(values),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.call_in(frame, values),
+                    None => self.call_claimed(values),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn call_claimed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         self.call_in(frame, values)
     }
@@ -771,6 +787,26 @@ impl<F: FunctionType> Function<F> {
 
     #[inline(never)]
     fn attempt_elsewhere<'a>(
+        &self,
+        values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.latencies() {
+            None => self.attempt_claimed(values, still),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.attempt_in(frame, values, still),
+                    None => self.attempt_claimed(values, still),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn attempt_claimed<'a>(
         &self,
         values: F::Values<'a>,
         still: impl Fn() -> bool,

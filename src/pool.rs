@@ -504,6 +504,8 @@ pub struct PoolErrors {
     pub crashed: u64,
     /// The call passed its deadline.
     pub timed_out: u64,
+    /// The call went over a limit on what its worker may use.
+    pub limit_exceeded: u64,
     /// The worker was disposed.
     pub disposed: u64,
     /// There was no worker.

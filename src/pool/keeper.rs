@@ -161,6 +161,7 @@ pub(super) struct Tally {
     redirected: AtomicU64,
     crashed: AtomicU64,
     timed_out: AtomicU64,
+    limit_exceeded: AtomicU64,
     disposed: AtomicU64,
     no_worker: AtomicU64,
     other: AtomicU64,
@@ -341,7 +342,7 @@ impl Shared {
     #[cold]
     pub(super) fn failed(&self, member: &Member, error: &CallError) {
         let why = match error {
-            CallError::Crashed(_) | CallError::Disposed(_) => Why::Lost,
+            _ if error.crash_report().is_some() => Why::Lost,
             CallError::TimedOut { worker_killed: true, .. } => Why::Lost,
             // The session is given up until the call returns, if it ever does: others need not wait for it.
             CallError::TimedOut { .. } | CallError::Abandoned { .. } => {
@@ -372,6 +373,9 @@ impl Shared {
             CallError::Crashed(_) => &tally.crashed,
             CallError::TimedOut { .. } => &tally.timed_out,
             CallError::Disposed(_) => &tally.disposed,
+            CallError::CpuTimeExceeded(_) | CallError::MemoryExceeded(_) | CallError::FileSizeExceeded(_) => {
+                &tally.limit_exceeded
+            }
             CallError::NoWorker { .. } => &tally.no_worker,
             _ => &tally.other,
         };
@@ -893,6 +897,7 @@ impl Shared {
             errors: PoolErrors {
                 crashed: tally.crashed.load(Relaxed),
                 timed_out: tally.timed_out.load(Relaxed),
+                limit_exceeded: tally.limit_exceeded.load(Relaxed),
                 disposed: tally.disposed.load(Relaxed),
                 no_worker: tally.no_worker.load(Relaxed),
                 other: tally.other.load(Relaxed),
