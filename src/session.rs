@@ -121,7 +121,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call about 10 ns longer on average; a session without it pays nothing.
     pub fn latencies(mut self, measure: bool) -> Self {
         self.latencies = measure;
         self
