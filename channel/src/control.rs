@@ -132,6 +132,8 @@ pub enum ToWorker {
         policy: Policy,
         /// Stack of the session's thread, in bytes.
         stack_bytes: u64,
+        /// Most bytes that the session's thread and modules may have allocated at a time.
+        memory_bytes_max: Option<u64>,
     },
 }
 

@@ -103,9 +103,10 @@ pub(crate) fn serve(socket: &OwnedFd) -> ! {
             Err(error) => give_up(EXIT_PROTOCOL, &error),
         };
         match control::decode::<ToWorker>(&packet.bytes) {
-            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes }) => {
+            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, memory_bytes_max }) => {
                 let geometry = Geometry { slots, arena_bytes };
-                if let Err(reason) = open(socket, packet.fd, session, geometry, policy, stack_bytes) {
+                let how = (policy, stack_bytes, memory_bytes_max);
+                if let Err(reason) = open(socket, packet.fd, session, geometry, how) {
                     let refused = ToHost::Refused { session, reason };
                     if socket::send(socket.as_fd(), &control::encode(&refused), None).is_err() {
                         sys::exit_now(EXIT_HOST_GONE);
@@ -122,8 +123,7 @@ fn open(
     fd: Option<OwnedFd>,
     session: u32,
     geometry: Geometry,
-    policy: hotcell_channel::wait::Policy,
-    stack_bytes: u64,
+    (policy, stack_bytes, memory_bytes_max): (hotcell_channel::wait::Policy, u64, Option<u64>),
 ) -> Result<(), String> {
     let fd = fd.ok_or("no region came with the request")?;
     let region = Region::open(fd.as_fd(), geometry, session).map_err(|e| e.to_string())?;
@@ -134,8 +134,12 @@ fn open(
         .spawn(move || {
             let region = Arc::new(region);
             let opened = ToHost::Opened { session, arena_address: region.arena_address() };
-            serve::serve(session, &region, policy, || {
-                let _ = socket::send(answers.as_fd(), &control::encode(&opened), None);
+            serve::serve(session, &region, policy, memory_bytes_max, |listens| {
+                let answer = match listens {
+                    Ok(()) => opened,
+                    Err(reason) => ToHost::Refused { session, reason: reason.into() },
+                };
+                let _ = socket::send(answers.as_fd(), &control::encode(&answer), None);
                 drop(answers);
             });
         })

@@ -10,11 +10,14 @@
 //! reset signals, say hello and check the host's, map the crash page, install the crash handler, serve the control socket. No foreign code is
 //! loaded before all of that is done.
 
+mod allocations;
 mod control;
 mod crash_handler;
 mod dispatch;
 mod library;
+mod linker;
 mod memory;
+mod meter;
 mod serve;
 
 pub use control::{EXIT_HOST_GONE, EXIT_NO_SOCKET, EXIT_PROTOCOL};
