@@ -58,6 +58,7 @@ mod monitor;
 mod self_exec;
 mod session;
 mod signature;
+mod turns;
 mod worker;
 
 pub use bytemuck;

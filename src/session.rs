@@ -11,6 +11,7 @@
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::monitor::lock;
+use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
@@ -31,7 +32,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
     Ordering::SeqCst, compiler_fence,
 };
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
@@ -185,7 +186,9 @@ impl Session {
         let geometry = options.geometry();
         let (region, region_fd) =
             Region::create(geometry, id).map_err(|e| StartError::system("making the session's region", e))?;
-        let inner = Arc::new(SessionInner::new(id, region, region_fd, Arc::clone(&worker.inner), options));
+        let inner = Arc::new_cyclic(|me| {
+            SessionInner::new(me.clone(), id, region, region_fd, Arc::clone(&worker.inner), options)
+        });
         let request = ToWorker::Open {
             session: id,
             slots: geometry.slots,
@@ -475,6 +478,32 @@ struct DirectBooks {
     published: AtomicU64,
 }
 
+/// How often a session is called, looked at from time to time.
+#[derive(Debug, Default)]
+struct CallRate {
+    /// Calls of threads that were not at home.
+    strangers: u64,
+    /// What was on the clock, and the counts, when it was last looked at after enough calls.
+    at: Option<Instant>,
+    published: u64,
+    strangers_then: u64,
+    dense: bool,
+}
+
+impl CallRate {
+    /// Whether calls follow each other closely.
+    fn is_dense(&mut self, published: u64, now: Instant) -> bool {
+        let calls = published.wrapping_sub(self.published) + self.strangers.wrapping_sub(self.strangers_then);
+        if calls >= turns::DENSE_CALLS {
+            let time = self.at.map(|at| now.saturating_duration_since(at));
+            self.dense =
+                time.is_some_and(|time| time.as_nanos() <= turns::DENSE_CALL.as_nanos() * u128::from(calls));
+            (self.at, self.published, self.strangers_then) = (Some(now), published, self.strangers);
+        }
+        self.dense
+    }
+}
+
 /// What other threads than the direct slot's home have seen of it.
 #[derive(Debug, Default)]
 struct Strangers {
@@ -484,8 +513,11 @@ struct Strangers {
 
 /// Nobody's home.
 const NOBODY: usize = 0;
-/// The home is about to move. (A thread's mark is the address of its own thread-local, so neither is one.)
-const MOVING: usize = 1;
+/// Added to the home's mark by a thread that waits for its turn: the home hands its own on at its next call. (A thread's mark is the address of a word of its own, so
+/// the low bits are free, and neither this nor [`MOVING`] is one.)
+const ASKED: usize = 1;
+/// The home is about to move.
+const MOVING: usize = 2;
 /// Nobody holds the direct slot.
 const FREE: u32 = 0;
 /// Somebody holds the direct slot.
@@ -499,7 +531,7 @@ const CALLS_TO_MOVE: u32 = 32;
 #[inline(always)]
 fn this_thread() -> usize {
     thread_local! {
-        static MARK: u8 = const { 0 };
+        static MARK: u64 = const { 0 };
     }
     MARK.with(|mark| std::ptr::from_ref(mark).addr())
 }
@@ -546,6 +578,7 @@ const OWN_LABEL: u32 = 0;
 
 /// The host's half of a session, shared by its handles and the monitor.
 pub(crate) struct SessionInner {
+    me: Weak<SessionInner>,
     status: AtomicU32,
     original: &'static AtomicU32,
     region: Region,
@@ -559,6 +592,7 @@ pub(crate) struct SessionInner {
     waiting: AtomicU32,
     freed: (Mutex<()>, Condvar),
     strangers: Mutex<Strangers>,
+    rate: Mutex<CallRate>,
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
@@ -578,6 +612,7 @@ impl std::fmt::Debug for SessionInner {
 
 impl SessionInner {
     fn new(
+        me: Weak<SessionInner>,
         id: u32,
         region: Region,
         region_fd: OwnedFd,
@@ -588,6 +623,7 @@ impl SessionInner {
         ring_books[0].busy.store(true, Relaxed);
         let own = FunctionName { module: "the session".into(), symbol: "(own work)".into() };
         Self {
+            me,
             status: AtomicU32::new(OPEN),
             original: sys::original_process(),
             arena: Mutex::new(Arena::new(region.geometry().arena_bytes)),
@@ -600,6 +636,7 @@ impl SessionInner {
             waiting: AtomicU32::new(0),
             freed: Default::default(),
             strangers: Mutex::default(),
+            rate: Mutex::default(),
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
@@ -696,6 +733,7 @@ impl SessionInner {
         if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
             self.refuse(&function)?;
         }
+        self.take_turns(timeout);
         if self.move_home()
             && let Some(frame) = self.claim_direct()
         {
@@ -704,13 +742,107 @@ impl SessionInner {
         self.claim_ring(timeout, function)
     }
 
+    /// Hands the calling thread's turn on if it was asked to, notices a crowd, and waits for the thread's turn in it. See [`crate::turns`].
+    #[cold]
+    #[inline(never)]
+    fn take_turns(&self, timeout: Duration) {
+        if self.options.policy == WaitPolicy::Park {
+            return; // sleeps for each reply anyway
+        }
+        let here = this_thread();
+        let home = self.direct.home.load(Relaxed);
+        if home == here | ASKED {
+            // Only the home itself goes away, and not in the middle of a call: it is about to begin one. Who comes next sees its books. Fails if somebody is moving the home at this
+            // moment; then it is theirs, or still asked. SYNC vacate
+            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            Turns::get().leave(here);
+        } else {
+            let joins = match home {
+                NOBODY => Turns::get().waited_for(),
+                home => home != here && self.stranger_in_crowd(here, home),
+            };
+            if !joins {
+                return;
+            }
+        }
+        Turns::get().wait(here, &self.me, timeout);
+        self.leave_workers_cpu();
+    }
+
+    /// Whether the calling thread, which is a stranger to the direct slot, should take turns with the other callers. Looked at in one call of sixteen.
+    fn stranger_in_crowd(&self, here: usize, home: usize) -> bool {
+        let Ok(mut rate) = self.rate.try_lock() else { return false };
+        rate.strangers += 1;
+        if rate.strangers % turns::LOOK_EVERY != 0 {
+            return false;
+        }
+        let published = self.direct.published.load(Relaxed);
+        let home_calls = published != rate.published && home & ASKED == 0 && home != MOVING;
+        let dense = rate.is_dense(published, Instant::now());
+        drop(rate);
+        if !dense {
+            return false;
+        }
+        if !home_calls {
+            return Turns::get().note(&[here]);
+        }
+        let crowded = Turns::get().note(&[home, here]);
+        if crowded {
+            Turns::get().adopt(home, &self.me);
+        }
+        crowded
+    }
+
+    /// For a wait that is about to sleep: whether there is any sense in waiting. Notices a crowd, since in one the worker has lost its CPU.
+    fn still_waits(&self, lane: Lane) -> bool {
+        let waits = matches!(self.status.load(SeqCst), OPEN | ABANDONED);
+        if waits && matches!(lane, Lane::Direct) {
+            self.notice_crowd();
+        }
+        waits
+    }
+
+    fn notice_crowd(&self) {
+        let Ok(mut rate) = self.rate.try_lock() else { return };
+        let published = self.direct.published.load(Relaxed);
+        // Under the policy `Spin` this is asked again and again in one wait.
+        if published.wrapping_sub(rate.published) < turns::DENSE_CALLS
+            || self.options.policy == WaitPolicy::Park
+        {
+            return;
+        }
+        let dense = rate.is_dense(published, Instant::now());
+        drop(rate);
+        let here = this_thread();
+        if dense && Turns::get().note(&[here]) {
+            // It asks itself: after this call it waits for its turn.
+            self.ask_home(here);
+        }
+    }
+
+    /// Asks `home`, if it is the direct slot's home, to go away before its next call.
+    pub(crate) fn ask_home(&self, home: usize) {
+        // It carries no data, and the asked thread is the only one that acts on it.
+        let _ = self.direct.home.compare_exchange(home, home | ASKED, Relaxed, Relaxed);
+    }
+
+    /// Moves the calling thread off the CPU on which the worker was last seen, where they would wait for each other. The thread's affinity is what it was when this returns.
+    fn leave_workers_cpu(&self) {
+        let worker = self.region.progress().worker_cpu();
+        if worker == sys::current_cpu() {
+            // A thread that may run on one CPU only stays there; and where the kernel refuses, so be it: it is slower.
+            let _ = turns::avoid_cpu(worker);
+        }
+    }
+
     /// Makes the calling thread the direct slot's home if it is time for that. True if it is at home now.
     #[cold]
     fn move_home(&self) -> bool {
         let direct = &self.direct;
         let here = this_thread();
         match direct.home.load(Relaxed) {
-            NOBODY => return direct.home.compare_exchange(NOBODY, here, Relaxed, Relaxed).is_ok(),
+            // Acquires what the last home left in the books. SYNC vacate
+            NOBODY => return direct.home.compare_exchange(NOBODY, here, Acquire, Relaxed).is_ok(),
             home if home == here => {
                 self.settle_direct(here);
                 return true;
@@ -1423,7 +1555,7 @@ impl<'s> Frame<'s> {
             session.region.progress(),
             self.sequence,
             timeout,
-            || matches!(session.status.load(SeqCst), OPEN | ABANDONED),
+            || session.still_waits(self.lane),
         )
     }
 
