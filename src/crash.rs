@@ -1,6 +1,7 @@
 //! The crash report: what a dead worker's host knows, from the kernel first and from the crash page second.
 
 use crate::error::FunctionName;
+use crate::limits::LimitScope;
 use hotcell_channel::crash::CrashFacts;
 pub use hotcell_channel::crash::{Access, Frame};
 pub use hotcell_channel::sys::Usage;
@@ -37,6 +38,15 @@ pub enum Cause {
         function: FunctionName,
         /// Its timeout.
         after: Duration,
+    },
+    /// It asked for more memory than it may have, and did not live through the refusal: [`memory_bytes_max`](crate::SessionBuilder::memory_bytes_max).
+    MemoryExceeded {
+        /// What the limit holds for.
+        scope: LimitScope,
+        /// The limit.
+        bytes_max: u64,
+        /// The signal by which it ended: what native code makes of memory that it does not get. `None` if it exited.
+        signal: Option<i32>,
     },
     /// The host killed it because it was not ready in time.
     NeverReady {
@@ -93,6 +103,13 @@ impl fmt::Display for Cause {
             }
             Cause::DeadlineExceeded { function, after } => {
                 write!(f, "killed because {function} did not return within {after:?}")
+            }
+            Cause::MemoryExceeded { scope, bytes_max, signal } => {
+                match signal {
+                    Some(signal) => write!(f, "ended by {}", signal_name(*signal))?,
+                    None => f.write_str("exited")?,
+                }
+                write!(f, " because it asked for more memory than the {bytes_max} bytes of its {scope}")
             }
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),
@@ -185,6 +202,7 @@ impl CrashReport {
     pub fn signal(&self) -> Option<i32> {
         match self.death.cause {
             Cause::Signaled { signal, .. } | Cause::StackOverflow { signal, .. } => Some(signal),
+            Cause::MemoryExceeded { signal, .. } => signal,
             _ => None,
         }
     }

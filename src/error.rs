@@ -229,6 +229,26 @@ pub enum CallError {
     /// The worker died. The report says why, and what this call had to do with it.
     #[error("{0}")]
     Crashed(Box<CrashReport>),
+    /// This call asked for more memory than there may be; the worker has ended. Other calls in flight have
+    /// [`CallError::Crashed`] with the same report.
+    #[error("{0}")]
+    MemoryExceeded(Box<CrashReport>),
+    /// The session's memory limit refused an allocation while this call ran. The code has lived through that, and the session goes on; the call's result is not given,
+    /// because it is that of code which did not get what it needed.
+    #[error(
+        "{function} asked for {asked} bytes when {used} of the {bytes_max} of its session were in use: \
+         see SessionBuilder::memory_bytes_max"
+    )]
+    SessionMemoryExceeded {
+        /// The call.
+        function: FunctionName,
+        /// How many bytes were asked for when the limit was last exceeded. The worker's word.
+        asked: u64,
+        /// How many bytes were in use then. The worker's word.
+        used: u64,
+        /// The limit.
+        bytes_max: u64,
+    },
     /// The worker was disposed while the call was in flight or waiting.
     #[error("{0}")]
     Disposed(Box<CrashReport>),
@@ -388,8 +408,11 @@ impl CallError {
     /// Whether the function may have run, in part or in whole. A call for which this is false can be repeated elsewhere without harm.
     pub fn may_have_run(&self) -> bool {
         match self {
-            CallError::Crashed(report) | CallError::Disposed(report) => report.involvement().may_have_run(),
+            CallError::Crashed(report) | CallError::MemoryExceeded(report) | CallError::Disposed(report) => {
+                report.involvement().may_have_run()
+            }
             CallError::TimedOut { .. }
+            | CallError::SessionMemoryExceeded { .. }
             | CallError::NullString { .. }
             | CallError::StringTooLong { .. }
             | CallError::StringLost { .. } => true,
@@ -402,7 +425,11 @@ impl CallError {
         match self {
             CallError::TimedOut { worker_killed, .. } => !worker_killed,
             CallError::StringLost { source, .. } => source.session_usable(),
-            CallError::Crashed(_) | CallError::Disposed(_) | CallError::Closed | CallError::Forked => false,
+            CallError::Crashed(_)
+            | CallError::MemoryExceeded(_)
+            | CallError::Disposed(_)
+            | CallError::Closed
+            | CallError::Forked => false,
             CallError::NotRunning { .. } => false,
             _ => true,
         }
@@ -411,7 +438,9 @@ impl CallError {
     /// The report, if the worker died.
     pub fn crash_report(&self) -> Option<&CrashReport> {
         match self {
-            CallError::Crashed(report) | CallError::Disposed(report) => Some(report),
+            CallError::Crashed(report) | CallError::MemoryExceeded(report) | CallError::Disposed(report) => {
+                Some(report)
+            }
             _ => None,
         }
     }

@@ -52,6 +52,8 @@ mod dynamic;
 mod error;
 mod events;
 mod isolated;
+mod limits;
+mod memory;
 mod module;
 mod monitor;
 #[cfg(feature = "self-exec")]
@@ -72,6 +74,8 @@ pub use error::{CallError, Error, FunctionName, LoadError, Mismatch, StartError}
 pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
+pub use limits::LimitScope;
+pub use memory::SessionMemory;
 pub use module::Module;
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{

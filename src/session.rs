@@ -10,6 +10,7 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::memory;
 use crate::monitor::lock;
 use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
@@ -46,6 +47,7 @@ pub struct SessionBuilder {
     payload_bytes_max: u64,
     string_bytes_max: u64,
     stack_bytes: u64,
+    pub(crate) memory_bytes_max: Option<u64>,
 }
 
 impl Default for SessionBuilder {
@@ -58,6 +60,7 @@ impl Default for SessionBuilder {
             payload_bytes_max: 64 << 20,
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
+            memory_bytes_max: None,
         }
     }
 }
@@ -127,6 +130,9 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
+        if let Some(bytes) = self.memory_bytes_max.filter(|bytes| !memory::is_valid(*bytes)) {
+            return bad("memory_bytes_max", bytes, memory::RANGE);
+        }
         Ok(())
     }
 
@@ -195,6 +201,7 @@ impl Session {
             arena_bytes: geometry.arena_bytes,
             policy: inner.options.policy,
             stack_bytes: inner.options.stack_bytes,
+            memory_bytes_max: inner.options.memory_bytes_max,
         };
         let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
@@ -942,7 +949,7 @@ impl SessionInner {
     fn reclaim(&self, ring: &mut Ring) {
         let mut kept = Vec::new();
         for (slot, block) in ring.orphans.drain(..) {
-            if self.region.slot(slot).turn() == Turn::Reply {
+            if self.region.slot(slot).turn().is_answered() {
                 self.books(slot).busy.store(false, Release);
                 if let Some(block) = block {
                     self.free_block(block);
@@ -1002,7 +1009,7 @@ impl SessionInner {
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
                     let slot = self.slot(call.lane);
-                    if slot.turn() != Turn::Reply {
+                    if !slot.turn().is_answered() {
                         return true;
                     }
                     closed |= call.closes;
@@ -1051,9 +1058,14 @@ impl SessionInner {
             (true, true) => Involvement::Culprit,
             (true, false) => Involvement::Bystander,
         };
-        let disposed = death.cause == Cause::Disposed;
         let report = Box::new(CrashReport { death, function, involvement });
-        if disposed { CallError::Disposed(report) } else { CallError::Crashed(report) }
+        match report.cause() {
+            Cause::Disposed => CallError::Disposed(report),
+            Cause::MemoryExceeded { .. } if involvement == Involvement::Culprit => {
+                CallError::MemoryExceeded(report)
+            }
+            _ => CallError::Crashed(report),
+        }
     }
 
     // Called by the monitor when the worker has ended.
@@ -1154,6 +1166,19 @@ impl SessionInner {
     /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
     fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
         self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
+    }
+
+    /// What a session with a memory limit has in use, had at most, and was refused.
+    pub(crate) fn memory_counts(&self) -> Result<[u64; 3], CallError> {
+        let name = || self.own_name("memory");
+        let mut frame = self.claim(self.options.timeout, name)?;
+        match frame.run_fixed(fixed::MEMORY, &[], "memory")? {
+            [fixed::OK, used] => Ok([used, frame.reply(2), frame.reply(3)]),
+            _ => {
+                drop(frame);
+                Err(self.wrong_answer(&name()))
+            }
+        }
     }
 
     /// Copies worker memory, in pieces, each through a frame that `claim` gives.
@@ -1587,6 +1612,14 @@ impl<'s> Frame<'s> {
                     let _ = session.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
                 }
                 CallError::TimedOut { function, after: timeout, worker_killed }
+            }
+            Waited::Refused => {
+                let Some(bytes_max) = session.options.memory_bytes_max else {
+                    return session.broken("a refusal of memory that has no limit".into(), &function);
+                };
+                self.stage = Stage::Replied;
+                let (asked, used) = (self.reply(0), self.reply(1));
+                CallError::SessionMemoryExceeded { function, asked, used, bytes_max }
             }
             Waited::Breach(state) => {
                 session

@@ -2,6 +2,7 @@
 
 use crate::crash::{Cause, CrashReport, Death, Involvement};
 use crate::error::{FunctionName, StartError};
+use crate::memory;
 use crate::monitor::{self, Runtime, Source, Spawned, lock};
 use crate::session::{Session, SessionBuilder, SessionInner};
 use hotcell_channel::control::{self, Hello, Mismatch, ToHost, ToWorker};
@@ -672,7 +673,9 @@ impl WorkerInner {
 
     fn ended(&self, status: WaitStatus, usage: sys::Usage) {
         self.drain_output();
-        let facts = CrashRegion::open(self.crash_page.as_fd()).ok().and_then(|region| region.page().read());
+        let page = CrashRegion::open(self.crash_page.as_fd()).ok();
+        let facts = page.as_ref().and_then(|region| region.page().read());
+        let refusals = page.as_ref().map_or_else(Vec::new, |region| region.page().refusals());
         let sessions: Vec<Arc<SessionInner>> =
             lock(&self.sessions).values().filter_map(Weak::upgrade).collect();
         let mut running: Vec<(u32, FunctionName)> = Vec::new();
@@ -683,7 +686,10 @@ impl WorkerInner {
         }
         let (cause, blamed) = match self.verdict.get() {
             Some(verdict) => (verdict.cause.clone(), verdict.session),
-            None => (Self::cause_of(status, facts.as_ref()), facts.as_ref().and_then(|f| f.session)),
+            None => match memory::exceeded(&refusals, &sessions, status, facts.as_ref()) {
+                Some((cause, session)) => (cause, Some(session)),
+                None => (Self::cause_of(status, facts.as_ref()), facts.as_ref().and_then(|f| f.session)),
+            },
         };
         let culprit = blamed.or(match (&cause, &running[..]) {
             // The crash handler ran, on a thread of no session: a thread that foreign code has started.

@@ -156,7 +156,10 @@ const _: () = {
     assert!(offset_of!(CrashPage, refusals) == 8960);
     assert!(offset_of!(CrashPage, reserved_tail) == 9984);
     // No padding: the sum of the fields is the page.
-    assert!(12 * 4 + 3 * 8 + 16 + 5 * 8 + FRAMES_MAX * 184 + REFUSALS_MAX * 32 + TAIL_WORDS * 8 == CRASH_PAGE_BYTES);
+    assert!(
+        12 * 4 + 3 * 8 + 16 + 5 * 8 + FRAMES_MAX * 184 + REFUSALS_MAX * 32 + TAIL_WORDS * 8
+            == CRASH_PAGE_BYTES
+    );
     assert!(size_of::<RefusalCell>() == 32);
     assert!(offset_of!(RefusalCell, state) == 0);
     assert!(offset_of!(RefusalCell, session) == 4);

@@ -198,7 +198,10 @@ fn messages_are_encoded_as_documented() {
                 let (session, slots, arena_bytes, stack_bytes) = (7, 256, 1 << 20, 8 << 20);
                 let policy = Policy::Adaptive;
                 let memory_bytes_max = Some(1 << 20);
-                same(row, &ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, memory_bytes_max });
+                same(
+                    row,
+                    &ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, memory_bytes_max },
+                );
             }
             "ToHost::Opened" => same(row, &ToHost::Opened { session: 7, arena_address: 0x5000 }),
             "ToHost::Refused" => same(row, &ToHost::Refused { session: 7, reason: "no".into() }),

@@ -118,7 +118,9 @@ fn find_real() -> Result<Real, String> {
             return Ok(found);
         }
         let name = name.to_string_lossy();
-        Err(format!("malloc and {name} of this process are not of the same library, so blocks cannot be counted"))
+        Err(format!(
+            "malloc and {name} of this process are not of the same library, so blocks cannot be counted"
+        ))
     };
     // The functions by name, with what takes their place.
     macro_rules! find {
@@ -450,7 +452,8 @@ type Mappings = BTreeMap<usize, (usize, Tag)>;
 
 /// Takes `start..end` out of the mappings, and credits it to its owners.
 fn unmap(mappings: &mut Mappings, start: usize, end: usize) {
-    while let Some((&from, &(to, tag))) = mappings.range(..end).next_back().filter(|(_, (to, _))| *to > start) {
+    while let Some((&from, &(to, tag))) = mappings.range(..end).next_back().filter(|(_, (to, _))| *to > start)
+    {
         mappings.remove(&from);
         if from < start {
             mappings.insert(from, (start, tag));
@@ -577,7 +580,8 @@ unsafe extern "C" fn mremap(
     let (old, new) = (whole_pages(old_bytes), whole_pages(new_bytes));
     let mut mappings = MAPPINGS.lock().unwrap_or_else(PoisonError::into_inner);
     let start = at.addr();
-    let owner = mappings.range(..=start).next_back().filter(|(_, (to, _))| *to > start).map(|(_, (_, tag))| *tag);
+    let owner =
+        mappings.range(..=start).next_back().filter(|(_, (to, _))| *to > start).map(|(_, (_, tag))| *tag);
     let Some(tag) = owner.filter(|_| old != 0) else {
         drop(mappings);
         return remap();
@@ -677,6 +681,7 @@ pub(crate) unsafe fn release(block: *mut c_void) {
 }
 
 #[cfg(test)]
+#[allow(clippy::multiple_unsafe_ops_per_block)] // foreign functions, called one after another
 mod tests {
     use super::*;
     use crate::meter::Meter;
@@ -753,7 +758,8 @@ mod tests {
                 assert!(meter.counts().0 >= 1016);
                 let taken = std::thread::scope(|scope| {
                     let taken = taken.expose_provenance();
-                    let other = move || realloc(ptr::with_exposed_provenance_mut(taken), 2000).expose_provenance();
+                    let other =
+                        move || realloc(ptr::with_exposed_provenance_mut(taken), 2000).expose_provenance();
                     ptr::with_exposed_provenance_mut(scope.spawn(other).join().unwrap())
                 });
                 assert_eq!(meter.counts().0, 0, "the other thread works for nobody");
@@ -789,9 +795,18 @@ mod tests {
                 assert_eq!(used(), 40);
                 assert_eq!(munmap(base.byte_add(10 * PAGE), 10 * PAGE), 0);
                 assert_eq!(used(), 30);
-                let tail = mremap(base.byte_add(20 * PAGE), 20 * PAGE, 50 * PAGE, libc::MREMAP_MAYMOVE, ptr::null_mut());
+                let tail = mremap(
+                    base.byte_add(20 * PAGE),
+                    20 * PAGE,
+                    50 * PAGE,
+                    libc::MREMAP_MAYMOVE,
+                    ptr::null_mut(),
+                );
                 assert_eq!(used(), 60);
-                assert_eq!(mremap(tail, 50 * PAGE, 90 * PAGE, libc::MREMAP_MAYMOVE, ptr::null_mut()), libc::MAP_FAILED);
+                assert_eq!(
+                    mremap(tail, 50 * PAGE, 90 * PAGE, libc::MREMAP_MAYMOVE, ptr::null_mut()),
+                    libc::MAP_FAILED
+                );
                 assert_eq!(munmap(tail, 50 * PAGE), 0);
                 assert_eq!(munmap(base, 10 * PAGE), 0);
                 assert_eq!(used(), 0);

@@ -315,7 +315,8 @@ impl Object<'_> {
             [(tables.relocations, tables.relocation_bytes), (tables.calls, tables.call_bytes)]
         {
             for index in 0..bytes / RELOCATION_BYTES {
-                let Some([offset, info, addend]) = self.words(table.wrapping_add(index * RELOCATION_BYTES)) else {
+                let Some([offset, info, addend]) = self.words(table.wrapping_add(index * RELOCATION_BYTES))
+                else {
                     break;
                 };
                 let kind = info & 0xffff_ffff;
@@ -343,7 +344,7 @@ impl Object<'_> {
 
     /// Which of the functions a symbol names that the library does not define itself.
     fn wanted<'r>(&self, tables: &Tables, symbol: u64, replaced: &'r [Replaced]) -> Option<&'r Replaced> {
-        let [word] = self.words(tables.symbols.wrapping_add(symbol * SYMBOL_BYTES))?;
+        let [word] = self.words(tables.symbols.wrapping_add(symbol.wrapping_mul(SYMBOL_BYTES)))?;
         // name u32, info u8, other u8, section u16
         let (name, section) = (word & 0xffff_ffff, word >> 48);
         if section != 0 || name >= tables.string_bytes {
@@ -367,9 +368,10 @@ impl Object<'_> {
         let Some(tables) = self.tables() else { return Ok(()) };
         let slots = self.slots(&tables, replaced);
         // What the linker has made read-only after it was done: whole pages.
-        let guarded = self.segments(libc::PT_GNU_RELRO).next().map(|(start, bytes, _)| {
-            (start / page * page, start.saturating_add(bytes) / page * page)
-        });
+        let guarded = self
+            .segments(libc::PT_GNU_RELRO)
+            .next()
+            .map(|(start, bytes, _)| (start / page * page, start.saturating_add(bytes) / page * page));
         let is_guarded = |slot: u64| guarded.is_some_and(|(start, end)| (start..end).contains(&slot));
         let open = guarded.filter(|_| slots.iter().any(|(slot, _)| is_guarded(*slot)));
         if let Some((start, end)) = open {
@@ -406,6 +408,7 @@ fn pointer<T>(address: u64) -> *const T {
 }
 
 #[cfg(test)]
+#[allow(clippy::multiple_unsafe_ops_per_block)] // foreign functions, called one after another
 mod tests {
     use super::*;
 
@@ -456,7 +459,8 @@ mod tests {
         for address in wild {
             for bytes in wild {
                 let memory: Box<[u64; 64]> = Box::new(std::array::from_fn(|at| {
-                    let entry = [DT_SYMTAB, DT_STRTAB, DT_STRSZ, DT_RELA, DT_RELASZ, DT_JMPREL, DT_PLTRELSZ, DT_NULL];
+                    let entry =
+                        [DT_SYMTAB, DT_STRTAB, DT_STRSZ, DT_RELA, DT_RELASZ, DT_JMPREL, DT_PLTRELSZ, DT_NULL];
                     let tag = entry.get(at / 2).copied().unwrap_or(0);
                     match (at % 2, tag) {
                         (0, tag) => tag,

@@ -53,8 +53,13 @@ fn serve_as<const METERED: bool>(
     let running = AtomicU32::new(u32::MAX);
     crash_handler::set_session(id, &running);
 
-    let mut session =
-        Session { region, libraries: Libraries::new(METERED), functions: Vec::new(), blocks: Blocks::default(), meter };
+    let mut session = Session {
+        region,
+        libraries: Libraries::new(METERED),
+        functions: Vec::new(),
+        blocks: Blocks::default(),
+        meter,
+    };
     let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
     let slots = region.geometry().slots;
     let spin = Spin::new(policy);
@@ -117,7 +122,9 @@ impl Session<'_> {
     /// Whether there are more refusals than `before`; then the reply's words say what the last one was. The call has returned, so it has lived through them.
     fn was_refused(&self, before: u64, slot: &Slot) -> bool {
         meter::lived_through();
-        let Some(meter) = self.meter.as_ref().filter(|meter| meter.refusals() != before) else { return false };
+        let Some(meter) = self.meter.as_ref().filter(|meter| meter.refusals() != before) else {
+            return false;
+        };
         let (asked, used) = meter.last_refusal();
         slot.set_word(0, asked);
         slot.set_word(1, used);
