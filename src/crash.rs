@@ -1,7 +1,6 @@
 //! The crash report: what a dead worker's host knows, from the kernel first and from the crash page second.
 
-use crate::error::FunctionName;
-use crate::limits::LimitScope;
+use crate::error::{FunctionName, LimitScope};
 use hotcell_channel::crash::CrashFacts;
 pub use hotcell_channel::crash::{Access, Frame};
 pub use hotcell_channel::sys::Usage;
@@ -64,6 +63,23 @@ pub enum Cause {
     Unknown,
 }
 
+impl Cause {
+    /// A short name of its kind, for counts: `SIGSEGV`, `exit`, `deadline`, …
+    pub(crate) fn kind(&self) -> String {
+        match self {
+            Cause::Exited { .. } => "exit".to_owned(),
+            Cause::Signaled { signal, .. } => signal_name(*signal),
+            Cause::StackOverflow { .. } => "stack overflow".to_owned(),
+            Cause::DeadlineExceeded { .. } => "deadline".to_owned(),
+            Cause::MemoryExceeded { .. } => "memory".to_owned(),
+            Cause::NeverReady { .. } => "never ready".to_owned(),
+            Cause::Disposed => "disposed".to_owned(),
+            Cause::ProtocolBreach { .. } => "protocol breach".to_owned(),
+            Cause::Unknown => "unknown".to_owned(),
+        }
+    }
+}
+
 /// The name of a signal, such as `SIGSEGV`.
 pub(crate) fn signal_name(signal: i32) -> String {
     let name = match signal {
@@ -109,7 +125,7 @@ impl fmt::Display for Cause {
                     Some(signal) => write!(f, "ended by {}", signal_name(*signal))?,
                     None => f.write_str("exited")?,
                 }
-                write!(f, " because it asked for more memory than the {bytes_max} bytes of its {scope}")
+                write!(f, " because it asked for more memory than the {bytes_max} bytes of {scope}")
             }
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),

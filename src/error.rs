@@ -6,7 +6,7 @@ use hotcell_channel::signature::Type;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 pub use hotcell_channel::control::Mismatch;
@@ -27,7 +27,7 @@ impl std::fmt::Display for FunctionName {
 }
 
 /// Why no worker, or no session in it, could be started.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
     /// The worker's program could not be started at all.
@@ -37,7 +37,7 @@ pub enum StartError {
         program: PathBuf,
         /// What the system said.
         #[source]
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// This library is not part of the running executable (it was loaded into it, by Python for instance), so starting the executable again would not make a
     /// worker but run its `main`.
@@ -89,7 +89,7 @@ pub enum StartError {
         what: &'static str,
         /// What the system said.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// A configured value is out of its range.
     #[error("{option} is {given}, but must be {expected}")]
@@ -101,9 +101,121 @@ pub enum StartError {
         /// Its range.
         expected: &'static str,
     },
+    /// A limit of a [`Supervisor`](crate::Supervisor)'s sessions is reached. Nothing was started.
+    #[error("{scope} has no place for another session: {} open, the limit is {max}{}", sessions(*.open), waited_for(*.waited))]
+    SessionLimit {
+        /// Whose limit it is.
+        scope: LimitScope,
+        /// How many sessions are open under it.
+        open: u32,
+        /// The limit.
+        max: u32,
+        /// How long the request waited for a place; `None` if it was not to wait.
+        waited: Option<Duration>,
+    },
+    /// Somebody else was starting the worker, and had not finished when this request had waited as long as it may.
+    #[error("the worker is being started by another request, which has not finished after {after:?}")]
+    StillStarting {
+        /// How long this request waited.
+        after: Duration,
+    },
+    /// The worker has ended several times, and the next start is held back for longer than this request may wait.
+    #[error("the worker is not started again before {retry_after:?} have passed; it was gone because {last}")]
+    BackingOff {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker has ended more often than its [`RestartPolicy`](crate::RestartPolicy) allows, and is not started for a while.
+    #[error(
+        "the worker has ended more than {} within {within:?} and is not started again before {retry_after:?} have passed; the last time: {last}",
+        times(*.restarts_max)
+    )]
+    CircuitOpen {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// How many restarts there may be in the window.
+        restarts_max: u32,
+        /// The window.
+        within: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker could not be started, and [`Restart::Never`](crate::Restart::Never) allows no second try.
+    #[error("the worker could not be started, and its policy allows no second try: {last}")]
+    NotRestarted {
+        /// Why it could not be started.
+        last: Arc<StartError>,
+    },
+    /// The host's own hook that prepares each worker, or each session, has failed. What it was to prepare was ended.
+    #[error("the hook {hook} has failed: {source}")]
+    Hook {
+        /// Which hook.
+        hook: &'static str,
+        /// What it said.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
+    },
+    /// The kernel refused what a placement option of [`SessionBuilder`](crate::SessionBuilder) asks for. The session was not opened.
+    #[error("{option} cannot be {given} in {place}: {source}; {advice}")]
+    Placement {
+        /// The option.
+        option: &'static str,
+        /// The given value.
+        given: String,
+        /// Which of the two processes was refused.
+        place: &'static str,
+        /// What the kernel said; for the worker, what it says that the kernel said.
+        #[source]
+        source: Arc<io::Error>,
+        /// What to do about it.
+        advice: &'static str,
+    },
     /// This process is a fork of the one that uses hotcell. Its workers belong to the original.
     #[error("this process is a fork of the one that uses hotcell: it can use hotcell again after exec")]
     Forked,
+}
+
+/// What a limit holds for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LimitScope {
+    /// One session.
+    Session,
+    /// Each worker's.
+    Worker,
+    /// Each tenant's; this one's is reached.
+    Tenant(Arc<str>),
+    /// The supervisor's.
+    Supervisor,
+}
+
+impl std::fmt::Display for LimitScope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            LimitScope::Session => f.write_str("the session"),
+            LimitScope::Worker => f.write_str("the worker"),
+            LimitScope::Tenant(tenant) => write!(f, "tenant {tenant:?}"),
+            LimitScope::Supervisor => f.write_str("the supervisor"),
+        }
+    }
+}
+
+fn sessions(open: u32) -> String {
+    if open == 1 { "1 session is".to_owned() } else { format!("{open} sessions are") }
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".to_owned() } else { format!("{count} times") }
+}
+
+fn waited_for(waited: Option<Duration>) -> String {
+    waited.map_or_else(String::new, |waited| format!(", and none was closed within {waited:?}"))
 }
 
 impl StartError {
@@ -111,7 +223,7 @@ impl StartError {
         what: &'static str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        StartError::System { what, source: source.into() }
+        StartError::System { what, source: source.into().into() }
     }
 }
 

@@ -4,8 +4,7 @@
 //! exceeded, whatever a worker says.
 
 use crate::crash::Cause;
-use crate::error::CallError;
-use crate::limits::LimitScope;
+use crate::error::{CallError, LimitScope};
 use crate::session::{Session, SessionBuilder, SessionInner};
 use hotcell_channel::crash::{CrashFacts, Refusal};
 use hotcell_channel::sys::WaitStatus;

@@ -11,15 +11,19 @@
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::memory;
+use crate::module::Resolved;
 use crate::monitor::lock;
+use crate::placement::{self, Placement};
+use crate::supervisor::Place;
 use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
 use hotcell_channel::control::{self, ToWorker};
 use hotcell_channel::layout::{
-    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
+    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, HUGE_PAGE_BYTES, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
 };
+use hotcell_channel::placement::Wanted;
 use hotcell_channel::region::{self, Region};
 use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
 use hotcell_channel::signature::Signature;
@@ -33,7 +37,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
     Ordering::SeqCst, compiler_fence,
 };
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
@@ -47,6 +51,7 @@ pub struct SessionBuilder {
     payload_bytes_max: u64,
     string_bytes_max: u64,
     stack_bytes: u64,
+    pub(crate) placement: Wanted,
     pub(crate) memory_bytes_max: Option<u64>,
 }
 
@@ -60,6 +65,7 @@ impl Default for SessionBuilder {
             payload_bytes_max: 64 << 20,
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
+            placement: Wanted::default(),
             memory_bytes_max: None,
         }
     }
@@ -133,7 +139,7 @@ impl SessionBuilder {
         if let Some(bytes) = self.memory_bytes_max.filter(|bytes| !memory::is_valid(*bytes)) {
             return bad("memory_bytes_max", bytes, memory::RANGE);
         }
-        Ok(())
+        placement::check(&self.placement, self.payload_bytes_max)
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -146,8 +152,10 @@ impl SessionBuilder {
 
     fn geometry(&self) -> Geometry {
         // Room for a largest argument, a largest result, what alignment and fragments lose, and blocks beside them. Only used pages cost memory.
-        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(PAGE_BYTES);
-        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX) }
+        let huge_pages = self.placement.huge_pages;
+        let unit = if huge_pages { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(unit);
+        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX), huge_pages }
     }
 }
 
@@ -164,8 +172,11 @@ pub struct Session {
 /// Closes the session when dropped.
 #[derive(Debug)]
 pub(crate) struct SessionOwner {
+    /// Its place with a supervisor. Before the session: when it is given back the session's calls are counted.
+    place: OnceLock<Place>,
     pub(crate) inner: Arc<SessionInner>,
     worker: Arc<WorkerOwner>,
+    placement: Placement,
 }
 
 impl Drop for SessionOwner {
@@ -192,6 +203,7 @@ impl Session {
         let geometry = options.geometry();
         let (region, region_fd) =
             Region::create(geometry, id).map_err(|e| StartError::system("making the session's region", e))?;
+        let host = placement::back(&region, region_fd.as_fd(), &options.placement)?;
         let inner = Arc::new_cyclic(|me| {
             SessionInner::new(me.clone(), id, region, region_fd, Arc::clone(&worker.inner), options)
         });
@@ -201,11 +213,14 @@ impl Session {
             arena_bytes: geometry.arena_bytes,
             policy: inner.options.policy,
             stack_bytes: inner.options.stack_bytes,
+            placement: inner.options.placement,
             memory_bytes_max: inner.options.memory_bytes_max,
         };
-        let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
+        let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
-        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker) }) })
+        let placement = Placement::new(host, placed);
+        let place = OnceLock::new();
+        Ok(Session { owner: Arc::new(SessionOwner { place, inner, worker: Arc::clone(worker), placement }) })
     }
 
     /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
@@ -219,6 +234,11 @@ impl Session {
     /// The worker that this session is in.
     pub fn worker(&self) -> Worker {
         Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// What became of the options for where the session runs and on which memory, when it was opened.
+    pub fn placement(&self) -> &Placement {
+        &self.owner.placement
     }
 
     /// Calls the worker's session thread and does nothing there: a sign of life.
@@ -319,7 +339,19 @@ impl Session {
     /// As for any call; the session is unusable all the same. Only after [`CallError::Abandoned`] it is still open: it can be closed when the abandoned
     /// call has returned, or dropped, and is then closed by itself.
     pub fn close(&self) -> Result<(), CallError> {
-        self.owner.inner.close()
+        let closed = self.owner.inner.close();
+        if let Some(place) = self.owner.place.get()
+            && self.owner.inner.is_over()
+        {
+            place.closed(&self.worker());
+        }
+        closed
+    }
+
+    /// Gives the session its place with a supervisor.
+    pub(crate) fn take_place(&self, place: Place) {
+        let seated = self.owner.place.set(place);
+        debug_assert!(seated.is_ok(), "a session is placed once");
     }
 
     pub(crate) fn inner(&self) -> &Arc<SessionInner> {
@@ -464,10 +496,13 @@ impl Drop for Block {
     }
 }
 
-const OPEN: u32 = 0;
-const DEAD: u32 = 1;
-const ABANDONED: u32 = 2;
-const CLOSED: u32 = 3;
+/// The session's states. The first is what [`sys::original_process`] holds in the process that opened it, and none is what it holds in a fork, so that one comparison of the two
+/// tells whether calls can be made.
+const OPEN: u32 = sys::ORIGINAL;
+const DEAD: u32 = 2;
+const ABANDONED: u32 = 3;
+const CLOSED: u32 = 4;
+const _: () = assert!(OPEN != 0 && OPEN != DEAD && OPEN != ABANDONED && OPEN != CLOSED);
 
 /// The direct slot's private books.
 ///
@@ -584,7 +619,7 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 const OWN_LABEL: u32 = 0;
 
 /// The host's half of a session, shared by its handles and the monitor.
-pub(crate) struct SessionInner {
+pub struct SessionInner {
     me: Weak<SessionInner>,
     status: AtomicU32,
     original: &'static AtomicU32,
@@ -633,7 +668,10 @@ impl SessionInner {
             me,
             status: AtomicU32::new(OPEN),
             original: sys::original_process(),
-            arena: Mutex::new(Arena::new(region.geometry().arena_bytes)),
+            arena: Mutex::new(Arena::with_committed(
+                region.geometry().arena_bytes,
+                options.placement.committed_bytes(),
+            )),
             region,
             arena_address: AtomicU64::new(0),
             spin: Spin::new(options.policy),
@@ -690,11 +728,13 @@ impl SessionInner {
         pointer: RemotePtr,
         function: impl FnOnce() -> FunctionName,
     ) -> Result<u64, CallError> {
-        if pointer.session == self.id || pointer.is_null() {
-            Ok(pointer.address)
-        } else {
-            Err(CallError::ForeignPointer { function: function() })
-        }
+        self.address_here(pointer).ok_or_else(|| CallError::ForeignPointer { function: function() })
+    }
+
+    /// A pointer's address; `None` if it is another session's.
+    #[inline(always)]
+    pub(crate) fn address_here(&self, pointer: RemotePtr) -> Option<u64> {
+        (pointer.session == self.id || pointer.is_null()).then_some(pointer.address)
     }
 
     fn address_at(&self, offset: u64) -> u64 {
@@ -710,8 +750,15 @@ impl SessionInner {
     /// stalls on that for longer than everything else here takes.
     #[inline(always)]
     pub(crate) fn claim_direct(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct()?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// Takes the direct slot if that is possible at once, and gives the number of its next request.
+    #[inline(always)]
+    fn take_direct(&self) -> Option<u64> {
         // Both are facts of this process; together one branch.
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != self.original.load(Relaxed) {
             return None;
         }
         let direct = &self.direct;
@@ -727,8 +774,56 @@ impl SessionInner {
             direct.busy.store(UNSURE, Relaxed);
             return None;
         }
-        let sequence = self.direct.published.load(Relaxed) + 1;
-        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+        Some(direct.published.load(Relaxed) + 1)
+    }
+
+    /// A whole call whose arguments and result are plain words, in a straight line: takes the direct slot, lets `words` fill it, publishes, waits, and gives the
+    /// reply's first word. Whatever is not at hand is done elsewhere: a slot that is not to be had at once, a reply that takes long, a call that is lost.
+    ///
+    /// It has no [`Frame`], whose destructor needs it to be in memory: putting it there took half of a call's instructions. Nothing between the claim and the reply can
+    /// panic, and no payload is held, so there is nothing for a destructor to do.
+    #[inline(always)]
+    pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
+        let Some(sequence) = self.take_direct() else { return Straight::Elsewhere };
+        let slot = self.region.direct();
+        words(slot);
+        self.publish_direct(slot, target.index, target.label, sequence);
+        if !wait::look_for_reply(slot, &self.spin)
+            && let Some(error) = self.wait_straight(target, sequence)
+        {
+            return Straight::Failed(error);
+        }
+        let word = slot.word(0);
+        self.direct.busy.store(FREE, Release);
+        Straight::Replied(word)
+    }
+
+    /// The rest of a straight call whose reply was not there at the first looks. What comes back fits a register.
+    #[cold]
+    #[inline(never)]
+    fn wait_straight(&self, target: &Target, sequence: u64) -> Option<Box<CallError>> {
+        let mut frame = Frame::new(self, Lane::Direct, self.region.direct(), sequence);
+        frame.stage = Stage::Published;
+        let waited = frame.wait_slowly(target.timeout);
+        if waited != Waited::Replied {
+            let name = FunctionName::clone(&target.name);
+            return Some(Box::new(frame.lost(waited, target.timeout, name)));
+        }
+        // The slot stays taken until the caller has read the reply.
+        std::mem::forget(frame);
+        None
+    }
+
+    /// Hands the direct slot's request over, and keeps the books.
+    #[inline(always)]
+    fn publish_direct(&self, slot: &Slot, function: u32, label: u32, sequence: u64) {
+        slot.set_function(function, 0);
+        // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
+        // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
+        wait::publish_then(slot, self.region.bell(), || {
+            self.direct.label.store(label, Relaxed);
+            self.direct.published.store(sequence, Release); // SYNC books
+        });
     }
 
     /// Takes a slot for a blocking call, waiting at most `timeout` for one if all are taken.
@@ -737,7 +832,7 @@ impl SessionInner {
         timeout: Duration,
         function: impl Fn() -> FunctionName,
     ) -> Result<Frame<'_>, CallError> {
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != self.original.load(Relaxed) {
             self.refuse(&function)?;
         }
         self.take_turns(timeout);
@@ -902,7 +997,7 @@ impl SessionInner {
     ) -> Result<Frame<'_>, CallError> {
         let mut since = None;
         loop {
-            if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+            if self.status.load(Acquire) != self.original.load(Relaxed) {
                 self.refuse(&function)?;
             }
             if let Some(frame) = self.try_claim_ring() {
@@ -1287,6 +1382,26 @@ impl SessionInner {
         self.death_error(Some(name.clone()), true)
     }
 
+    /// How many calls are over, and how many are in flight or were not yet waited for. From the host's own books, but for the direct slot's turn; read while calls go on.
+    pub(crate) fn calls(&self) -> (u64, u64) {
+        let mut ring = lock(&self.ring);
+        if self.is_over() {
+            return (self.direct.published.load(Relaxed) + ring.published, 0);
+        }
+        // Slots of dropped tickets whose calls are over.
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Relaxed)).count() as u64;
+        let direct = u64::from(self.region.direct().turn() == Turn::Pending);
+        // The slot at the tail is busy and has no call in it.
+        let in_flight = busy.saturating_sub(1) + direct;
+        ((self.direct.published.load(Relaxed) + ring.published).saturating_sub(in_flight), in_flight)
+    }
+
+    /// Whether it was closed, or its worker has ended.
+    fn is_over(&self) -> bool {
+        matches!(self.status.load(Acquire), CLOSED | DEAD)
+    }
+
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
     /// the worker is left alone: nobody asked for anything of it.
     fn close_politely(&self) {
@@ -1403,6 +1518,32 @@ enum Stage {
     Replied,
     /// The slot is not ours any more: its worker is dead, or it was abandoned to its call.
     Lost,
+}
+
+/// What a call calls: the half of a function's handle that the session needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) index: u32,
+    pub(crate) label: u32,
+    pub(crate) timeout: Duration,
+    pub(crate) name: Arc<FunctionName>,
+}
+
+impl Target {
+    pub(crate) fn new(resolved: Resolved, timeout: Duration) -> Self {
+        let Resolved { index, label, name } = resolved;
+        Self { index, label, timeout, name }
+    }
+}
+
+/// What became of [`SessionInner::call_straight`]. Small, so that it travels in registers.
+pub(crate) enum Straight {
+    /// The reply's first word. Untrusted.
+    Replied(u64),
+    /// The direct slot is not to be had at once, and nothing has been done.
+    Elsewhere,
+    /// The call is lost.
+    Failed(Box<CallError>),
 }
 
 /// One call's claim on a slot and on payload bytes. Given back when dropped, whatever happened.
@@ -1537,13 +1678,7 @@ impl<'s> Frame<'s> {
         self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                self.slot.set_function(function, 0);
-                // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
-                // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
-                wait::publish_then(self.slot, session.region.bell(), || {
-                    session.direct.label.store(label, Relaxed);
-                    session.direct.published.store(self.sequence, Release); // SYNC books
-                });
+                session.publish_direct(self.slot, function, label, self.sequence);
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);
@@ -1572,8 +1707,16 @@ impl<'s> Frame<'s> {
 
     #[inline(always)]
     fn wait_at_most(&self, timeout: Duration) -> Waited {
+        if wait::look_for_reply(self.slot, &self.session.spin) {
+            return Waited::Replied;
+        }
+        self.wait_slowly(timeout)
+    }
+
+    #[inline(always)]
+    fn wait_slowly(&self, timeout: Duration) -> Waited {
         let session = self.session;
-        wait::wait_reply(
+        wait::wait_reply_slow(
             self.slot,
             &session.spin,
             session.region.bell(),

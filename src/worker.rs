@@ -4,8 +4,10 @@ use crate::crash::{Cause, CrashReport, Death, Involvement};
 use crate::error::{FunctionName, StartError};
 use crate::memory;
 use crate::monitor::{self, Runtime, Source, Spawned, lock};
+use crate::placement;
 use crate::session::{Session, SessionBuilder, SessionInner};
 use hotcell_channel::control::{self, Hello, Mismatch, ToHost, ToWorker};
+use hotcell_channel::placement::{Failure, Placed};
 use hotcell_channel::region::CrashRegion;
 use hotcell_channel::socket::{self, PacketError};
 use hotcell_channel::sys::{self, WaitStatus};
@@ -178,6 +180,10 @@ impl WorkerBuilder {
         self
     }
 
+    pub(crate) fn session_options(&self) -> &SessionBuilder {
+        &self.session
+    }
+
     /// Starts the worker and waits until it is ready.
     ///
     /// # Errors
@@ -195,7 +201,7 @@ impl WorkerBuilder {
         command.stdin(Stdio::from(worker_end));
         let spawned = runtime
             .spawn(command)
-            .map_err(|source| StartError::Program { program: program.clone(), source })?;
+            .map_err(|source| StartError::Program { program: program.clone(), source: source.into() })?;
         let inner = Arc::new(WorkerInner::new(spawned, host_end, crash_page, program, self));
         if let Err(error) = runtime.add(&inner) {
             // Nobody watches it, so it is ended and collected here.
@@ -351,13 +357,8 @@ impl Worker {
     /// Calls in flight end with [`CallError::Disposed`](crate::CallError::Disposed). Disposing again does nothing. Any thread may call it, an
     /// event handler too.
     pub fn dispose(&self) {
-        let inner = &self.owner.inner;
-        inner.begin_dispose();
-        if sys::original_process().load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let patience = inner.grace.saturating_add(Duration::from_secs(10));
-        inner.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
+        self.owner.inner.begin_dispose();
+        self.owner.inner.wait_disposed();
     }
 }
 
@@ -366,8 +367,17 @@ pub(crate) struct Inbox {
     hello: Option<Result<(), Mismatch>>,
     greeted: bool,
     /// Sessions that were asked for; with the worker's answer once it is there.
-    opening: HashMap<u32, Option<Result<u64, String>>>,
+    opening: HashMap<u32, Option<Answer>>,
     dead: bool,
+}
+
+/// A worker's answer to the request for a session: the address of the arena there, and how the session is placed.
+type Answer = Result<(u64, Placed), Refusal>;
+
+#[derive(Debug)]
+enum Refusal {
+    Other(String),
+    Placement(Failure),
 }
 
 /// Why the host ended a worker, and on account of which session.
@@ -560,13 +570,13 @@ impl WorkerInner {
         self.wait_inbox(Duration::from_secs(10), |inbox| inbox.dead.then_some(()));
     }
 
-    /// Asks the worker for a session and waits for its answer: the address of the arena in the worker.
+    /// Asks the worker for a session and waits for its answer: the address of the arena in the worker, and how the session is placed.
     pub(crate) fn open_session(
         &self,
         session: &Arc<SessionInner>,
         region: BorrowedFd<'_>,
         request: &ToWorker,
-    ) -> Result<u64, StartError> {
+    ) -> Result<(u64, Placed), StartError> {
         let id = session.id();
         lock(&self.sessions).insert(id, Arc::downgrade(session));
         lock(&self.inbox).opening.insert(id, None);
@@ -596,8 +606,15 @@ impl WorkerInner {
         };
         lock(&self.inbox).opening.remove(&id);
         let refused = match answer {
-            Some(Some(Ok(address))) => return Ok(address),
-            Some(Some(Err(reason))) => StartError::Refused { reason },
+            Some(Some(Ok(opened))) => return Ok(opened),
+            Some(Some(Err(Refusal::Other(reason)))) => StartError::Refused { reason },
+            Some(Some(Err(Refusal::Placement(failure)))) => {
+                placement::refused(&session.options.placement, failure).unwrap_or_else(|| {
+                    self.breach("it refused a placement that was not asked for", Some(id));
+                    self.wait_gone();
+                    self.died_early()
+                })
+            }
             Some(None) => self.died_early(),
             None => {
                 let after = self.start_timeout;
@@ -622,7 +639,7 @@ impl WorkerInner {
     /// Ends the worker because it broke the protocol.
     pub(crate) fn breach(&self, what: impl Into<String>, session: Option<u32>) {
         let what = what.into();
-        tracing::warn!(pid = self.pid, what, "worker broke the protocol");
+        monitor::guarded(|| tracing::warn!(pid = self.pid, what, "worker broke the protocol"));
         self.end(Cause::ProtocolBreach { what }, session);
     }
 
@@ -648,6 +665,14 @@ impl WorkerInner {
         match monitor::runtime() {
             Ok(runtime) if !self.grace.is_zero() => runtime.end_after(self, self.grace, None),
             _ => self.kill(),
+        }
+    }
+
+    /// After [`WorkerInner::begin_dispose`]: until it is gone.
+    pub(crate) fn wait_disposed(&self) {
+        if sys::original_process().load(Ordering::Relaxed) == 1 {
+            let patience = self.grace.saturating_add(Duration::from_secs(10));
+            self.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
         }
     }
 
@@ -702,7 +727,7 @@ impl WorkerInner {
         });
         let stderr_tail: Vec<u8> = lock(&self.stderr_tail).iter().copied().collect();
         let stderr_tail = printable(&stderr_tail);
-        tracing::debug!(pid = self.pid, %cause, "worker ended");
+        monitor::guarded(|| tracing::debug!(pid = self.pid, %cause, "worker ended"));
         let death = Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail };
         let _ = self.death.set(Arc::new(death));
         // Callers first: some are spinning.
@@ -770,8 +795,12 @@ impl WorkerInner {
             return checked.map(drop).map_err(|mismatch| mismatch.to_string());
         }
         let (session, answer) = match control::decode::<ToHost>(frame).map_err(|bad| bad.to_string())? {
-            ToHost::Opened { session, arena_address } => (session, Ok(arena_address)),
-            ToHost::Refused { session, reason } => (session, Err(printable(reason.as_bytes()))),
+            ToHost::Opened { session, arena_address } => (session, Ok((arena_address, Placed::default()))),
+            ToHost::Placed { session, arena_address, placed } => (session, Ok((arena_address, placed))),
+            ToHost::Refused { session, reason } => {
+                (session, Err(Refusal::Other(printable(reason.as_bytes()))))
+            }
+            ToHost::Unplaced { session, failure } => (session, Err(Refusal::Placement(failure))),
         };
         match inbox.opening.get_mut(&session) {
             Some(waiting @ None) => *waiting = Some(answer),

@@ -30,7 +30,7 @@ fn start(program: impl Into<PathBuf>) -> Result<Worker, StartError> {
 }
 
 /// The error and its source of a program that the system refuses to run.
-fn not_run(program: &Path) -> std::io::Error {
+fn not_run(program: &Path) -> std::sync::Arc<std::io::Error> {
     match start(program).map(drop) {
         Err(error @ StartError::Program { .. }) => {
             assert!(error.to_string().contains(program.to_str().unwrap()), "{error}");

@@ -118,6 +118,18 @@ impl Slot {
         self.words[index].store(word, Relaxed);
     }
 
+    /// Stores the first words, the last of them first: the slot's first line, which has the state, is then the one written last, and it is the one
+    /// that the publishing exchange needs.
+    ///
+    /// # Panics
+    /// If there are more than [`WORDS_MAX`].
+    #[inline(always)]
+    pub fn set_words(&self, words: &[u64]) {
+        for (at, word) in words.iter().enumerate().rev() {
+            self.set_word(at, *word);
+        }
+    }
+
     /// Loads one word. Meaningful after the turn was acquired; the other side may be lying.
     ///
     /// # Panics

@@ -188,18 +188,29 @@ pub fn wait_reply(
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
-    for _ in 0..spin.looks() {
-        if slot.turn() == Turn::Reply {
-            return Waited::Replied;
-        }
-        pause();
+    if look_for_reply(slot, spin) {
+        return Waited::Replied;
     }
     wait_reply_slow(slot, spin, bell, progress, calls, timeout, alive)
 }
 
+/// Host: the first looks of [`wait_reply`]. Whether they found the reply; if not, [`wait_reply_slow`] goes on.
+#[inline(always)]
+#[must_use]
+pub fn look_for_reply(slot: &Slot, spin: &Spin) -> bool {
+    for _ in 0..spin.looks() {
+        if slot.turn() == Turn::Reply {
+            return true;
+        }
+        pause();
+    }
+    false
+}
+
+/// Host: what [`wait_reply`] does after the first looks.
 #[cold]
 #[inline(never)]
-fn wait_reply_slow(
+pub fn wait_reply_slow(
     slot: &Slot,
     spin: &Spin,
     bell: &Doorbell,

@@ -3,8 +3,9 @@
 use crate::session::{Answer, FailureKind, Request};
 use crate::signature::{ARGS_MAX, Signature, Type};
 use crate::wait::Policy;
-use crate::{control, crash, layout, region, session, slot};
+use crate::{control, crash, layout, placement, region, session, slot};
 use control::{Hello, ToHost, ToWorker};
+use placement::{Failure, Placed, Wanted, Wish};
 use serde::{Deserialize, Serialize};
 
 /// A struct that lies in shared memory, as the code has it.
@@ -111,7 +112,7 @@ fn constants_are_as_documented() {
         };
     }
     let mut expected = constants! {
-        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET DIRECT_OFFSET RING_OFFSET
+        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
         slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED REFUSED PARKED;
         control: FRAME_BYTES_MAX;
@@ -152,7 +153,7 @@ fn the_parts_of_a_region_lie_as_documented() {
     assert_eq!(part("Doorbell"), (layout::DOORBELL_OFFSET, "128".into()));
     assert_eq!(part("the direct"), (layout::DIRECT_OFFSET, "128".into()));
     assert_eq!(part("the ring"), (layout::RING_OFFSET, "128 × slots".into()));
-    let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES };
+    let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES, huge_pages: false };
     assert_eq!(geometry.arena_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
 }
 
@@ -191,20 +192,35 @@ fn same<M: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug>(ro
 #[test]
 fn messages_are_encoded_as_documented() {
     let rows = rows(&["message", "variant", "fields", "example"]);
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 10);
     for row in &rows {
         match &*row[0] {
             "ToWorker::Open" => {
                 let (session, slots, arena_bytes, stack_bytes) = (7, 256, 1 << 20, 8 << 20);
                 let policy = Policy::Adaptive;
+                let placement = Wanted { cpu: Some(3), prefault_bytes: 1 << 20, ..Wanted::default() };
                 let memory_bytes_max = Some(1 << 20);
-                same(
-                    row,
-                    &ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, memory_bytes_max },
-                );
+                let open = ToWorker::Open {
+                    session,
+                    slots,
+                    arena_bytes,
+                    policy,
+                    stack_bytes,
+                    placement,
+                    memory_bytes_max,
+                };
+                same(row, &open);
             }
             "ToHost::Opened" => same(row, &ToHost::Opened { session: 7, arena_address: 0x5000 }),
             "ToHost::Refused" => same(row, &ToHost::Refused { session: 7, reason: "no".into() }),
+            "ToHost::Placed" => {
+                let placed = Placed { cpu: Some(3), ..Placed::default() };
+                same(row, &ToHost::Placed { session: 7, arena_address: 0x5000, placed });
+            }
+            "ToHost::Unplaced" => {
+                let failure = Failure { wish: Wish::RealTime, errno: libc::EPERM };
+                same(row, &ToHost::Unplaced { session: 7, failure });
+            }
             "Request::Load" => same(row, &Request::Load { name: b"libm".into(), now: true, global: false }),
             "Request::Resolve" => {
                 let signature = Signature::new([Type::F64, Type::F64], Type::F64);
@@ -237,5 +253,6 @@ fn codes<T: for<'a> Deserialize<'a>>(table: &str, name: impl Fn(&T) -> String) {
 fn codes_are_as_documented() {
     codes::<Type>("type", |t| t.name().to_owned());
     codes::<Policy>("policy", |p| format!("{p:?}"));
+    codes::<Wish>("wish", |w| format!("{w:?}"));
     codes::<FailureKind>("failure kind", |k| format!("{k:?}"));
 }

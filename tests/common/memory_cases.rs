@@ -122,7 +122,7 @@ fn errors_say_how_much_of_what_and_what_to_do() {
     let death = died(bytes_fn(&module, "write_at_null").call(MIB), MIB, Some(libc::SIGSEGV)).to_string();
     assert!(
         death.contains(
-            "ended by SIGSEGV because it asked for more memory than the 1048576 bytes of its session"
+            "ended by SIGSEGV because it asked for more memory than the 1048576 bytes of the session"
         )
     );
     for bytes in [0, 65535, 1 << 48, u64::MAX] {

@@ -271,6 +271,33 @@ tests! {
         }
     }
 
+    fn refusing_a_placement_that_was_not_asked_for_is_a_breach() {
+        let worker = liar("refuses-a-placement:1").spawn().unwrap();
+        assert_died_of_breach(worker.session_with(SessionBuilder::new().pin_to(0)));
+        // One that was asked for is refused, whatever its number.
+        for errno in [0, 1, 2_147_483_647] {
+            let worker = liar(format!("refuses-a-placement:{errno}")).spawn().unwrap();
+            match worker.session_with(SessionBuilder::new().real_time(1)) {
+                Err(error @ StartError::Placement { option: "real_time", place: "the worker", .. }) => {
+                    assert_printable(&error.to_string());
+                }
+                other => panic!("{other:?}"),
+            }
+            assert!(worker.is_alive());
+        }
+    }
+
+    fn account_of_a_placement_is_shown_and_not_used() {
+        let session = liar("places-at-will").spawn().unwrap().session_with(SessionBuilder::new().prefault_bytes(1)).unwrap();
+        let placement = session.placement();
+        assert_eq!((placement.cpu, placement.real_time), (Some(u32::MAX), Some(0)));
+        assert_eq!(placement.worker.locked_bytes, u64::MAX);
+        assert_eq!(placement.host.locked_bytes, 0);
+        assert!(placement.host.prefaulted_bytes > 64 << 10);
+        assert_printable(&placement.to_string());
+        session.ping().unwrap();
+    }
+
     fn death_while_opening_is_told_as_it_was() {
         match liar("exit-at-open:5").spawn().unwrap().session() {
             Err(StartError::Died(report)) => assert_eq!(report.exit_code(), Some(5)),
