@@ -4,7 +4,8 @@
 //! exceeded, whatever a worker says.
 
 use crate::crash::Cause;
-use crate::error::{CallError, LimitScope};
+use crate::error::{CallError, StartError};
+use crate::limits::Limited;
 use crate::session::{Session, SessionBuilder, SessionInner};
 use hotcell_channel::crash::{CrashFacts, Refusal};
 use hotcell_channel::sys::WaitStatus;
@@ -14,12 +15,17 @@ use std::sync::Arc;
 const BYTES_MIN: u64 = 64 << 10;
 /// Largest: more than a process has addresses for.
 const BYTES_MAX: u64 = 1 << 47;
-/// What is in a range, for an error.
-pub(crate) const RANGE: &str = "64 KiB to 128 TiB";
 
 /// Whether a session can have this limit.
-pub(crate) fn is_valid(bytes: u64) -> bool {
-    (BYTES_MIN..=BYTES_MAX).contains(&bytes)
+pub(crate) fn check(limit: Option<u64>) -> Result<(), StartError> {
+    match limit {
+        Some(bytes) if !(BYTES_MIN..=BYTES_MAX).contains(&bytes) => Err(StartError::Configuration {
+            option: "memory_bytes_max",
+            given: bytes.to_string(),
+            expected: "64 KiB to 128 TiB",
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// # Memory
@@ -36,7 +42,7 @@ impl SessionBuilder {
     ///
     /// Calls of a session with a limit cost what they cost without; an allocation in it costs some nanoseconds more, and sixteen bytes.
     pub fn memory_bytes_max(mut self, bytes: u64) -> Self {
-        self.memory_bytes_max = Some(bytes);
+        self.limits.memory_bytes = Some(bytes);
         self
     }
 }
@@ -63,7 +69,7 @@ impl Session {
     /// # Errors
     /// As for any call.
     pub fn memory(&self) -> Result<Option<SessionMemory>, CallError> {
-        let Some(bytes_max) = self.inner().options.memory_bytes_max else { return Ok(None) };
+        let Some(bytes_max) = self.inner().options.limits.memory_bytes else { return Ok(None) };
         let [used_bytes, peak_bytes, refusals] = self.inner().memory_counts()?;
         Ok(Some(SessionMemory { used_bytes, peak_bytes, bytes_max, refusals }))
     }
@@ -91,11 +97,11 @@ pub(crate) fn exceeded(
     };
     refusals.iter().filter(died_of).find_map(|refusal| {
         let session = sessions.iter().find(|session| session.id() == refusal.session)?;
-        let bytes_max = session.options.memory_bytes_max?;
+        let bytes_max = session.options.limits.memory_bytes?;
         let signal = match status {
             WaitStatus::Signaled { signal, .. } => Some(signal),
             _ => None,
         };
-        Some((Cause::MemoryExceeded { scope: LimitScope::Session, bytes_max, signal }, refusal.session))
+        Some((Cause::MemoryExceeded { scope: Limited::Session, bytes_max, signal }, refusal.session))
     })
 }

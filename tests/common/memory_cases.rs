@@ -3,7 +3,7 @@
 use super::faults::{self, build, watchdog};
 use super::worker;
 use hotcell::{
-    CallError, Cause, CrashReport, Function, In, Involvement, LimitScope, LoadError, Module, Out, RemotePtr,
+    CallError, Cause, CrashReport, Function, In, Involvement, Limited, LoadError, Module, Out, RemotePtr,
     Session, SessionBuilder, SessionMemory, StartError, Worker,
 };
 use std::time::{Duration, Instant};
@@ -51,7 +51,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T, CallError>, limit: u64) -> u64 
 fn died<T: std::fmt::Debug>(result: Result<T, CallError>, limit: u64, signal: Option<i32>) -> CrashReport {
     match result.unwrap_err() {
         CallError::MemoryExceeded(report) => {
-            let scope = LimitScope::Session;
+            let scope = Limited::Session;
             assert_eq!(*report.cause(), Cause::MemoryExceeded { scope, bytes_max: limit, signal });
             assert_eq!(report.involvement(), Involvement::Culprit, "{report}");
             *report
@@ -122,7 +122,7 @@ fn errors_say_how_much_of_what_and_what_to_do() {
     let death = died(bytes_fn(&module, "write_at_null").call(MIB), MIB, Some(libc::SIGSEGV)).to_string();
     assert!(
         death.contains(
-            "ended by SIGSEGV because it asked for more memory than the 1048576 bytes of the session"
+            "ended by SIGSEGV because it asked for more memory than the 1048576 bytes of its session"
         )
     );
     for bytes in [0, 65535, 1 << 48, u64::MAX] {
@@ -323,7 +323,7 @@ fn a_thread_that_dies_of_it_between_calls_has_died_of_memory() {
     until("the worker's end", || worker.crash_report().is_some());
     let report = worker.crash_report().unwrap();
     let cause =
-        Cause::MemoryExceeded { scope: LimitScope::Session, bytes_max: 4 * MIB, signal: Some(libc::SIGSEGV) };
+        Cause::MemoryExceeded { scope: Limited::Session, bytes_max: 4 * MIB, signal: Some(libc::SIGSEGV) };
     assert_eq!(*report.cause(), cause, "{started:?}");
     assert_eq!(report.fault_address(), Some(0x10));
 }
