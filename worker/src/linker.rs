@@ -40,8 +40,8 @@ pub(crate) fn open(name: &OsStr, flags: c_int) -> Result<Library, OpenError> {
         redirected.map_err(OpenError::Uncounted)?;
         return Ok(library);
     }
-    // Where that fails the module itself does as a rule, and the linker's words about it are wanted. If it does not (no /proc, or a module that only the program's own
-    // search path leads to), what its constructors allocate is not counted.
+    // Where that fails the module itself does as a rule, and the linker's words about it are wanted. If it does not (no /proc, files that may only be shorter than the stub, or a module that
+    // only the program's own search path leads to), what its constructors allocate is not counted.
     // SAFETY: runs the library's constructors, as the host asks; see `library.rs`.
     let library = unsafe { Library::open(Some(name), flags) }.map_err(OpenError::Linker)?;
     redirect().map_err(OpenError::Uncounted)?;
@@ -74,6 +74,10 @@ fn write_stub(name: &OsStr) -> Option<(CString, OwnedFd)> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let hook: extern "C" fn() = redirect_before_constructors;
     let bytes = stub(name.as_bytes(), hook as usize as u64)?;
+    // Beyond the limit of a file's size a write is not an error but the process's end.
+    if file_bytes_max() < bytes.len() as u64 {
+        return None;
+    }
     // SAFETY: the name is a C string.
     let fd = unsafe { libc::memfd_create(c"module-stub".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
@@ -86,6 +90,13 @@ fn write_stub(name: &OsStr) -> Option<(CString, OwnedFd)> {
     let fd = OwnedFd::from(file);
     let count = COUNT.fetch_add(1, Relaxed);
     Some((CString::new(stub_path(std::os::fd::AsRawFd::as_raw_fd(&fd), count)).ok()?, fd))
+}
+
+fn file_bytes_max() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the result is writable.
+    unsafe { libc::getrlimit(libc::RLIMIT_FSIZE, &raw mut limit) };
+    limit.rlim_cur
 }
 
 /// A path to the descriptor, spelled in a way that only this count has: descriptors' numbers are used again, and the dynamic linker knows loaded libraries by path.
