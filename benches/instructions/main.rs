@@ -292,15 +292,17 @@ fn parse(text: &str) -> Result<HashMap<u64, u64>> {
     for line in text.lines() {
         if line.starts_with("calls=") {
             skip = true;
-        } else if let Some(rest) = line.strip_prefix("0x") {
-            if !std::mem::take(&mut skip) {
-                let mut fields = rest.split_ascii_whitespace();
-                let (Some(at), Some(_), Some(count)) = (fields.next(), fields.next(), fields.next()) else {
-                    return Err(format!("callgrind wrote {line:?}").into());
-                };
-                *counts.entry(u64::from_str_radix(at, 16)?).or_default() += count.parse::<u64>()?;
-            }
+            continue;
         }
+        let Some(rest) = line.strip_prefix("0x") else { continue };
+        if std::mem::take(&mut skip) {
+            continue;
+        }
+        let mut fields = rest.split_ascii_whitespace();
+        let (Some(at), Some(_), Some(count)) = (fields.next(), fields.next(), fields.next()) else {
+            return Err(format!("callgrind wrote {line:?}").into());
+        };
+        *counts.entry(u64::from_str_radix(at, 16)?).or_default() += count.parse::<u64>()?;
     }
     if counts.is_empty() { Err("callgrind counted nothing".into()) } else { Ok(counts) }
 }

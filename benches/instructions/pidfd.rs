@@ -24,7 +24,7 @@ pub(crate) fn run_with_helper(command: &mut Command) -> std::io::Result<ExitStat
     drop((theirs, inherited));
     let mut pid = [0; 4];
     while ours.read_exact(&mut pid).is_ok() {
-        let pidfd = open_pidfd(i32::from_ne_bytes(pid))?;
+        let pidfd = open_pidfd(i32::from_le_bytes(pid))?;
         let descriptors = [pidfd.as_raw_fd()];
         let message = [ControlMessage::ScmRights(&descriptors)];
         sendmsg::<()>(ours.as_raw_fd(), &[IoSlice::new(&[0])], &message, MsgFlags::empty(), None)?;
@@ -45,7 +45,7 @@ fn open_pidfd(pid: i32) -> std::io::Result<OwnedFd> {
 /// Asks the helper.
 fn asked_pidfd(pid: usize) -> Option<i32> {
     let socket: i32 = std::env::var(VARIABLE).ok()?.parse().ok()?;
-    let pid = i32::try_from(pid).ok()?.to_ne_bytes();
+    let pid = i32::try_from(pid).ok()?.to_le_bytes();
     sendmsg::<()>(socket, &[IoSlice::new(&pid)], &[], MsgFlags::empty(), None).ok()?;
     let mut byte = [0];
     let mut bytes = [IoSliceMut::new(&mut byte)];
