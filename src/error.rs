@@ -207,6 +207,10 @@ fn sessions(open: u32) -> String {
     if open == 1 { "1 session is".to_owned() } else { format!("{open} sessions are") }
 }
 
+fn last_of(reports: &[CrashReport]) -> String {
+    reports.last().map_or_else(String::new, |report| report.headline())
+}
+
 fn times(count: u32) -> String {
     if count == 1 { "once".to_owned() } else { format!("{count} times") }
 }
@@ -316,6 +320,14 @@ pub enum LoadError {
         function: FunctionName,
         /// How many there are.
         detail: String,
+    },
+    /// The module has crashed its worker so often that the [`Supervisor`](crate::Supervisor) loads it no more, until it is [released](crate::Supervisor::release).
+    #[error("module {module} is in quarantine: it ended {} workers, the last of them: {}; Supervisor::release lets it out", .reports.len(), last_of(.reports))]
+    Quarantined {
+        /// The module.
+        module: Arc<str>,
+        /// The last crashes, the oldest first.
+        reports: Vec<CrashReport>,
     },
     /// The request itself failed: the module crashed or hung its worker while it was loaded, or the worker was gone before.
     #[error("module {module} could not be loaded, or a function of it not be found: {source}")]

@@ -80,7 +80,9 @@ pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,
 };
+pub use supervisor::canary::Canary;
 pub use supervisor::events::{SupervisorEvent, SupervisorEventData};
+pub use supervisor::quarantine::Quarantine;
 pub use supervisor::restart::{Restart, RestartPolicy};
 pub use supervisor::retry::Retry;
 pub use supervisor::snapshot::{SessionSnapshot, SupervisorSnapshot, WorkerSnapshot};

@@ -221,7 +221,11 @@ impl Session {
     /// # Errors
     /// See [`LoadError`]: each way to fail has its own.
     pub fn load(&self, source: impl Into<ModuleSource>) -> Result<crate::Module, LoadError> {
-        crate::Module::load(self, &source.into())
+        let source = source.into();
+        if let Some(place) = self.owner.place.get() {
+            place.admit(&source.name.to_string_lossy())?;
+        }
+        crate::Module::load(self, &source)
     }
 
     /// The worker that this session is in.

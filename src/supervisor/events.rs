@@ -25,6 +25,10 @@ pub enum SupervisorEvent {
     SessionClosed,
     /// A request for a session was refused.
     SessionRefused,
+    /// A module was put into quarantine.
+    Quarantined,
+    /// A module was released from quarantine.
+    Released,
     /// The supervisor was disposed.
     Disposed,
 }
@@ -86,6 +90,18 @@ pub enum SupervisorEventData {
         /// Why, in words; the error itself went to whoever asked.
         reason: String,
     },
+    /// A module was put into quarantine: its loads are refused.
+    Quarantined {
+        /// The module.
+        module: Arc<str>,
+        /// The last crash.
+        report: CrashReport,
+    },
+    /// A module was released from quarantine.
+    Released {
+        /// The module.
+        module: Arc<str>,
+    },
     /// The supervisor was disposed.
     Disposed,
 }
@@ -118,6 +134,8 @@ impl SupervisorEventData {
             SupervisorEventData::SessionOpened { .. } => SupervisorEvent::SessionOpened,
             SupervisorEventData::SessionClosed { .. } => SupervisorEvent::SessionClosed,
             SupervisorEventData::SessionRefused { .. } => SupervisorEvent::SessionRefused,
+            SupervisorEventData::Quarantined { .. } => SupervisorEvent::Quarantined,
+            SupervisorEventData::Released { .. } => SupervisorEvent::Released,
             SupervisorEventData::Disposed => SupervisorEvent::Disposed,
         }
     }
@@ -132,7 +150,9 @@ impl SupervisorEventData {
             | SupervisorEventData::SessionOpened { tenant, .. }
             | SupervisorEventData::SessionClosed { tenant, .. }
             | SupervisorEventData::SessionRefused { tenant, .. } => tenant.as_deref(),
-            SupervisorEventData::Disposed => None,
+            SupervisorEventData::Quarantined { .. }
+            | SupervisorEventData::Released { .. }
+            | SupervisorEventData::Disposed => None,
         }
     }
 }
@@ -147,7 +167,7 @@ impl fmt::Display for SupervisorEventData {
             SupervisorEventData::WorkerStarted { pid, restarts, .. } => {
                 write!(f, "worker {pid} started, restart {restarts}")
             }
-            SupervisorEventData::WorkerEnded { report, .. } => report.fmt(f),
+            SupervisorEventData::WorkerEnded { report, .. } => f.write_str(&report.headline()),
             SupervisorEventData::StartFailed { error, .. } => write!(f, "no worker was started: {error}"),
             SupervisorEventData::CircuitOpened { open_for, last, .. } => {
                 write!(f, "no worker is started for {open_for:?}: {last}")
@@ -155,6 +175,12 @@ impl fmt::Display for SupervisorEventData {
             SupervisorEventData::SessionOpened { pid, .. } => write!(f, "session opened on worker {pid}"),
             SupervisorEventData::SessionClosed { pid, .. } => write!(f, "session closed on worker {pid}"),
             SupervisorEventData::SessionRefused { reason, .. } => write!(f, "session refused: {reason}"),
+            SupervisorEventData::Quarantined { module, report } => {
+                write!(f, "module {module} is in quarantine: {}", report.headline())
+            }
+            SupervisorEventData::Released { module } => {
+                write!(f, "module {module} is released from quarantine")
+            }
             SupervisorEventData::Disposed => f.write_str("the supervisor was disposed"),
         }
     }

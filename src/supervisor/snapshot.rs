@@ -33,6 +33,8 @@ pub struct SupervisorSnapshot {
     pub restarts: u64,
     /// Ends of workers, by cause: `SIGSEGV`, `exit`, `deadline`, …
     pub ends: BTreeMap<String, u64>,
+    /// Modules in quarantine.
+    pub quarantined: Vec<String>,
     /// How long the supervisor exists.
     pub uptime: Duration,
 }
