@@ -9,6 +9,8 @@
 pub(crate) mod canary;
 pub(crate) mod clock;
 pub(crate) mod events;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod places;
 pub(crate) mod quarantine;
 pub(crate) mod restart;
@@ -318,6 +320,9 @@ impl SupervisorBuilder {
             changed: Condvar::new(),
             emitter: Arc::default(),
         });
+        inner.emitter.on(&SupervisorEvent::ALL, false, true, events::trace);
+        #[cfg(feature = "metrics")]
+        metrics::attach(&inner);
         let stop = Arc::<Stop>::default();
         if let Some(canary) = self.canary {
             canary::keep(Arc::downgrade(&inner), canary, self.clock, Arc::clone(&stop))?;
@@ -560,7 +565,8 @@ impl Inner {
             return Err(StartError::Forked);
         }
         let tenant = request.tenant.clone();
-        let opened = self.open(request);
+        let span = tracing::debug_span!("session", tenant = tenant.as_deref(), topology = ?self.topology);
+        let opened = span.in_scope(|| self.open(request));
         if let Err(error) = &opened {
             lock(&self.state).totals.sessions_refused += 1;
             if self.emitter.wants(SupervisorEvent::SessionRefused) {
@@ -926,6 +932,17 @@ impl Inner {
         }
     }
 
+    #[cfg(feature = "metrics")]
+    fn metered(&self) -> (Totals, metrics::Gauges) {
+        let state = lock(&self.state);
+        let gauges = metrics::Gauges {
+            workers: state.groups.values().filter(|group| group.inner.is_some()).count(),
+            sessions: state.seats.len(),
+            quarantined: state.ward.quarantined().len(),
+        };
+        (state.totals.clone(), gauges)
+    }
+
     /// The sessions to ask for signs of life.
     fn canaries(&self) -> Vec<Session> {
         lock(&self.state).groups.values().filter_map(|group| group.canary.clone()).collect()
@@ -971,6 +988,7 @@ impl Place {
         let mut state = lock(&inner.state);
         inner.settle_all(&mut state);
         if let Some(reports) = state.ward.reports(&key) {
+            inner.emitter.emit(SupervisorEventData::LoadRefused { module: module.into() });
             return Err(LoadError::Quarantined { module: module.into(), reports });
         }
         if state.module_keys.len() >= MODULE_KEYS_MAX {
