@@ -726,6 +726,22 @@ impl<F: FunctionType> Function<F> {
 
     #[inline(never)]
     fn call_elsewhere(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        match self.session.latencies() {
+            None => self.call_claimed(values),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.call_in(frame, values),
+                    None => self.call_claimed(values),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn call_claimed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         self.call_in(frame, values)
     }

@@ -691,6 +691,28 @@ impl DynFunction {
         call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
+        match self.session.latencies() {
+            None => self.call_claimed(args, words, call, more),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.call_in(frame, args, words, call, more),
+                    None => self.call_claimed(args, words, call, more),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn call_claimed<T>(
+        &self,
+        args: &mut [Arg<'_>],
+        words: &mut [u64],
+        call: Checked,
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
         let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         self.call_in(frame, args, words, call, more)
     }

@@ -47,11 +47,14 @@
 //!   variable [`WORKER_VARIABLE`].
 
 mod call;
+mod cgroup;
 mod crash;
 mod dynamic;
 mod error;
 mod events;
 mod isolated;
+mod latencies;
+mod limits;
 mod module;
 mod monitor;
 mod placement;
@@ -68,12 +71,15 @@ pub use call::{
     Callback, Errno, Function, FunctionType, In, InOut, Nullable, Out, Param, PointerParam, Returned, Ticket,
     WithErrno,
 };
+pub use cgroup::CGROUP_VARIABLE;
 pub use crash::{Access, Cause, CrashReport, Frame, Involvement, Usage};
 pub use dynamic::{Arg, DynFunction, IntoArgs, Value, out};
 pub use error::{CallError, Error, FunctionName, LimitScope, LoadError, Mismatch, StartError};
 pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
+pub use latencies::{Counters, Latencies};
+pub use limits::{Limited, Scarce};
 pub use module::Module;
 pub use placement::{Backing, Placement, Prefault};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};

@@ -10,6 +10,7 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::latencies::{Counters, Latencies, Recorder};
 use crate::module::Resolved;
 use crate::monitor::lock;
 use crate::placement::{self, Placement};
@@ -51,6 +52,8 @@ pub struct SessionBuilder {
     string_bytes_max: u64,
     stack_bytes: u64,
     pub(crate) placement: Wanted,
+    pub(crate) limits: crate::limits::SessionLimits,
+    latencies: bool,
 }
 
 impl Default for SessionBuilder {
@@ -64,6 +67,8 @@ impl Default for SessionBuilder {
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
             placement: Wanted::default(),
+            limits: crate::limits::SessionLimits::default(),
+            latencies: false,
         }
     }
 }
@@ -116,6 +121,12 @@ impl SessionBuilder {
         self
     }
 
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    pub fn latencies(mut self, measure: bool) -> Self {
+        self.latencies = measure;
+        self
+    }
+
     pub(crate) fn check(&self) -> Result<(), StartError> {
         let bad = |option, given: u64, expected| {
             Err(StartError::Configuration { option, given: given.to_string(), expected })
@@ -133,7 +144,8 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
-        placement::check(&self.placement, self.payload_bytes_max)
+        placement::check(&self.placement, self.payload_bytes_max)?;
+        self.limits.check()
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -209,6 +221,7 @@ impl Session {
             stack_bytes: inner.options.stack_bytes,
             placement: inner.options.placement,
         };
+        worker.inner.limit_session(&inner)?;
         let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
         let placement = Placement::new(host, placed);
@@ -233,6 +246,17 @@ impl Session {
         Worker { owner: Arc::clone(&self.owner.worker) }
     }
 
+    /// How long calls took up to now; `None` unless [`SessionBuilder::latencies`] is on. Any thread may ask at any time, also when the session is closed or its worker dead; calls go
+    /// on meanwhile.
+    pub fn latencies(&self) -> Option<Latencies> {
+        self.owner.inner.latencies().map(Recorder::read)
+    }
+
+    /// How many requests were sent, and how the waits for them ended. Always counted, since only waits that are long already are. Any thread may ask at any time; calls go on meanwhile.
+    pub fn counters(&self) -> Counters {
+        self.owner.inner.counters()
+    }
+
     /// What became of the options for where the session runs and on which memory, when it was opened.
     pub fn placement(&self) -> &Placement {
         &self.owner.placement
@@ -249,12 +273,22 @@ impl Session {
     /// Allocates `bytes` zeroed bytes of worker memory. They are freed by [`Session::free`], or with the session.
     ///
     /// # Errors
-    /// [`CallError::OutOfMemory`], and those of any call.
+    /// [`CallError::OutOfMemory`], [`CallError::TooManyBlocks`], and those of any call.
     pub fn alloc(&self, bytes: u64) -> Result<RemotePtr, CallError> {
         let inner = &self.owner.inner;
+        // Counted before it is asked for, so that threads which ask at the same time do not get one too many. A request that is lost stays counted: nobody knows its outcome.
+        let max = inner.options.limits.remote_blocks;
+        let counted =
+            inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| (blocks < max).then_some(blocks + 1));
+        if counted.is_err() {
+            return Err(CallError::TooManyBlocks { max });
+        }
         match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc")? {
             [fixed::OK, address] => Ok(inner.pointer(address)),
-            _ => Err(CallError::OutOfMemory { bytes }),
+            _ => {
+                inner.blocks.fetch_sub(1, Relaxed);
+                Err(CallError::OutOfMemory { bytes })
+            }
         }
     }
 
@@ -266,7 +300,11 @@ impl Session {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("free"))?;
         match inner.fixed(fixed::FREE, &[address], "free")? {
-            [fixed::OK, _] => Ok(()),
+            [fixed::OK, _] => {
+                // A hostile worker may free what it never gave.
+                let _ = inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| blocks.checked_sub(1));
+                Ok(())
+            }
             _ => Err(CallError::UnknownBlock { address }),
         }
     }
@@ -615,10 +653,15 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 /// The label of whatever the session does on its own account.
 const OWN_LABEL: u32 = 0;
 
+/// In place of the fork marker: no call is a plain one.
+static MEASURED: AtomicU32 = AtomicU32::new(0);
+
 /// The host's half of a session, shared by its handles and the monitor.
 pub struct SessionInner {
     me: Weak<SessionInner>,
     status: AtomicU32,
+    /// 1 where the way of a plain call may be taken: as `original`, and always 0 where calls are measured.
+    plain: &'static AtomicU32,
     original: &'static AtomicU32,
     region: Region,
     arena_address: AtomicU64,
@@ -635,8 +678,11 @@ pub struct SessionInner {
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
+    /// Blocks that `alloc` gave and `free` did not take back.
+    blocks: AtomicU64,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
     resolved: Mutex<FxHashMap<ResolveKey, u32>>,
+    latencies: Option<Recorder>,
     id: u32,
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
@@ -664,7 +710,9 @@ impl SessionInner {
         Self {
             me,
             status: AtomicU32::new(OPEN),
+            plain: if options.latencies { &MEASURED } else { sys::original_process() },
             original: sys::original_process(),
+            latencies: options.latencies.then(Recorder::new),
             arena: Mutex::new(Arena::with_committed(
                 region.geometry().arena_bytes,
                 options.placement.committed_bytes(),
@@ -682,6 +730,7 @@ impl SessionInner {
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
+            blocks: AtomicU64::new(0),
             resolved: Mutex::default(),
             id,
             options,
@@ -696,6 +745,21 @@ impl SessionInner {
 
     pub(crate) fn own_name(&self, what: &str) -> FunctionName {
         FunctionName { module: "the session".into(), symbol: what.into() }
+    }
+
+    /// Where calls are measured: what measures them.
+    #[inline(always)]
+    pub(crate) fn latencies(&self) -> Option<&Recorder> {
+        self.latencies.as_ref()
+    }
+
+    fn counters(&self) -> Counters {
+        let (spun, parked) = self.spin.waits();
+        let (worker_spun, worker_parked) = self.region.progress().waits();
+        let direct = self.direct.published.load(Relaxed);
+        // In a fork the lock may be held for ever, by a thread that was not forked.
+        let ring = if self.is_forked() { 0 } else { lock(&self.ring).published };
+        Counters { requests: direct + ring, spun, parked, worker_spun, worker_parked }
     }
 
     /// The label by which reports find a function's name. The same name has the same label.
@@ -747,15 +811,22 @@ impl SessionInner {
     /// stalls on that for longer than everything else here takes.
     #[inline(always)]
     pub(crate) fn claim_direct(&self) -> Option<Frame<'_>> {
-        let sequence = self.take_direct()?;
+        let sequence = self.take_direct(self.plain)?;
         Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
     }
 
-    /// Takes the direct slot if that is possible at once, and gives the number of its next request.
+    /// [`SessionInner::claim_direct`] for a call that is measured, which is no plain one.
     #[inline(always)]
-    fn take_direct(&self) -> Option<u64> {
+    pub(crate) fn claim_direct_measured(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct(self.original)?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// Takes the direct slot if that is possible at once, and gives the number of its next request. `may` is the fork marker, or what stands in its place.
+    #[inline(always)]
+    fn take_direct(&self, may: &AtomicU32) -> Option<u64> {
         // Both are facts of this process; together one branch.
-        if self.status.load(Acquire) != self.original.load(Relaxed) {
+        if self.status.load(Acquire) != may.load(Relaxed) {
             return None;
         }
         let direct = &self.direct;
@@ -781,7 +852,7 @@ impl SessionInner {
     /// panic, and no payload is held, so there is nothing for a destructor to do.
     #[inline(always)]
     pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
-        let Some(sequence) = self.take_direct() else { return Straight::Elsewhere };
+        let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
         let slot = self.region.direct();
         words(slot);
         self.publish_direct(slot, target.index, target.label, sequence);
@@ -834,7 +905,7 @@ impl SessionInner {
         }
         self.take_turns(timeout);
         if self.move_home()
-            && let Some(frame) = self.claim_direct()
+            && let Some(frame) = self.claim_direct_measured()
         {
             return Ok(frame);
         }
@@ -1150,9 +1221,16 @@ impl SessionInner {
             (true, true) => Involvement::Culprit,
             (true, false) => Involvement::Bystander,
         };
-        let disposed = death.cause == Cause::Disposed;
         let report = Box::new(CrashReport { death, function, involvement });
-        if disposed { CallError::Disposed(report) } else { CallError::Crashed(report) }
+        // A limit's own error is for the call that exceeded it, or, where nobody can tell which did, for each that ran.
+        let blamed = taken && (involvement == Involvement::Culprit || report.death.culprit.is_none());
+        match report.cause() {
+            Cause::Disposed => CallError::Disposed(report),
+            Cause::CpuTimeExceeded { .. } if blamed => CallError::CpuTimeExceeded(report),
+            Cause::MemoryExceeded { .. } if blamed => CallError::MemoryExceeded(report),
+            Cause::FileSizeExceeded { .. } if blamed => CallError::FileSizeExceeded(report),
+            _ => CallError::Crashed(report),
+        }
     }
 
     // Called by the monitor when the worker has ended.
@@ -1459,6 +1537,7 @@ pub(crate) fn load_failure(kind: FailureKind, detail: &str, function: FunctionNa
         FailureKind::MissingImport => LoadError::MissingImport { module, detail },
         FailureKind::MissingSymbol => LoadError::MissingSymbol { function, detail },
         FailureKind::BadSignature => LoadError::BadSignature { function, detail },
+        FailureKind::OpenFiles => LoadError::OpenFilesExceeded { module, detail },
         FailureKind::TooManyFunctions => LoadError::TooManyFunctions { function, detail },
         _ => LoadError::Linker { module, detail },
     }

@@ -289,6 +289,8 @@ pub struct Progress {
     ring_taken: AtomicU64,
     worker_cpu: AtomicU32,
     reserved: AtomicU32,
+    spun: AtomicU64,
+    parked: AtomicU64,
 }
 
 impl Default for Progress {
@@ -298,6 +300,8 @@ impl Default for Progress {
             ring_taken: AtomicU64::new(0),
             worker_cpu: AtomicU32::new(u32::MAX),
             reserved: AtomicU32::new(0),
+            spun: AtomicU64::new(0),
+            parked: AtomicU64::new(0),
         }
     }
 }
@@ -319,6 +323,17 @@ impl Progress {
     /// kernel reports an exit only after the last store.
     pub fn taken(&self) -> (u64, u64) {
         (self.direct_taken.load(Relaxed), self.ring_taken.load(Relaxed))
+    }
+
+    /// Worker: leaves how many of its waits ended in a spin beyond the first looks, and in a sleep.
+    pub fn set_waits(&self, spun: u64, parked: u64) {
+        self.spun.store(spun, Relaxed);
+        self.parked.store(parked, Relaxed);
+    }
+
+    /// Host: the same. Untrusted.
+    pub fn waits(&self) -> (u64, u64) {
+        (self.spun.load(Relaxed), self.parked.load(Relaxed))
     }
 
     /// Worker: leaves its CPU for the host's spin rule.
@@ -344,6 +359,7 @@ const _: () = {
     assert!(size_of::<Progress>() == 128 && std::mem::offset_of!(Progress, direct_taken) == 0);
     assert!(std::mem::offset_of!(Progress, ring_taken) == 8);
     assert!(std::mem::offset_of!(Progress, worker_cpu) == 16);
+    assert!(std::mem::offset_of!(Progress, spun) == 24 && std::mem::offset_of!(Progress, parked) == 32);
 };
 
 #[cfg(all(test, not(loom)))]
@@ -351,7 +367,7 @@ mod wire {
     use super::*;
     crate::wire_format::shared!(Slot: state, function, words);
     crate::wire_format::shared!(Doorbell: count, host_cpu);
-    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved);
+    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, spun, parked);
 }
 
 #[cfg(all(test, not(loom)))]

@@ -134,6 +134,7 @@ mod tests {
             running: Vec::new(),
             culprit: None,
             stderr_tail: String::new(),
+            stderr_dropped: 0,
         };
         CrashReport { death: Arc::new(death), function: None, involvement: Involvement::NotRun }
     }
