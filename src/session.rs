@@ -753,7 +753,7 @@ impl SessionInner {
         self.latencies.as_ref()
     }
 
-    fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let (spun, parked) = self.spin.waits();
         let (worker_spun, worker_parked) = self.region.progress().waits();
         let direct = self.direct.published.load(Relaxed);

@@ -880,14 +880,11 @@ impl Inner {
         let (mut calls_done, mut calls_in_flight) = (state.totals.calls_done, 0);
         let mut sessions: FxHashMap<u64, Vec<SessionSnapshot>> = FxHashMap::default();
         for seat in state.seats.values() {
-            let (done, in_flight) = seat.calls();
-            calls_done += done;
-            calls_in_flight += in_flight;
-            sessions.entry(seat.worker).or_default().push(SessionSnapshot {
-                tenant: seat.tenant.clone(),
-                calls_done: done,
-                calls_in_flight: in_flight,
-            });
+            let Some(session) = seat.session.upgrade() else { continue };
+            let session = SessionSnapshot::of(&session, seat.tenant.clone());
+            calls_done += session.calls_done;
+            calls_in_flight += session.calls_in_flight;
+            sessions.entry(seat.worker).or_default().push(session);
         }
         let worker = |group: &Group| WorkerSnapshot {
             tenant: group.tenant.clone(),
