@@ -75,7 +75,7 @@ fn cost(topology: Topology, library: &Library, rounds: usize) {
         again.push(start.elapsed());
     }
     println!(
-        "| {topology:?} | {workers} | {memory} KiB | {:.0?} | {:.0?} | {:.0?} |",
+        "| {topology:?} | {workers} | {memory} KiB | {:.2?} | {:.2?} | {:.2?} |",
         median(&mut first),
         median(&mut further),
         median(&mut again)
