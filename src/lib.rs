@@ -33,11 +33,7 @@
 //! - **It is no sandbox**: a worker has the rights of its host. It contains broken code, not malicious code.
 //! - It cannot check signatures against the code. A wrong one breaks the worker, not the host.
 //! - It does not make results true: they have the declared type and size, and are otherwise input from an untrusted process.
-<<<<<<< HEAD
-//! - It does not repeat calls or restart workers by itself, but for a [`Pool`] as its policies say. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
-=======
-//! - It does not repeat calls, nor restart workers that no [`Supervisor`] keeps. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
->>>>>>> e92a51d0ca46216e9d2b6c5b97661a8c8a4933ce
+//! - It does not repeat calls, nor restart workers that no [`Supervisor`] or [`Pool`] keeps. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
 //! - It passes no structs by value, and native code cannot yet call back into the host.
 //!
 //! # Platform
