@@ -191,6 +191,14 @@ pub enum StartError {
         /// What to do about it.
         advice: &'static str,
     },
+    /// A [`Pool`](crate::Pool) does not have all its workers and standbys.
+    #[error("{missing} of the pool's workers are not ready after {after:?}")]
+    Incomplete {
+        /// How many are missing.
+        missing: usize,
+        /// How long they were waited for.
+        after: Duration,
+    },
     /// This process is a fork of the one that uses hotcell. Its workers belong to the original.
     #[error("this process is a fork of the one that uses hotcell: it can use hotcell again after exec")]
     Forked,
@@ -261,6 +269,7 @@ impl StartError {
             StartError::CircuitOpen { .. } => "ERR_CIRCUIT_OPEN",
             StartError::NotRestarted { last } => last.code(),
             StartError::Hook { .. } => "ERR_HOOK",
+            StartError::Incomplete { .. } => "ERR_NO_WORKER",
             StartError::Forked => "ERR_FORKED",
         }
     }
@@ -504,6 +513,17 @@ pub enum CallError {
         /// The function.
         function: FunctionName,
     },
+    /// A [`Pool`](crate::Pool) has no worker now, and the call did not wait longer for one.
+    #[error("no worker of the pool could serve {function} within {waited:?}{}", match .source { Some(source) => format!(": {source}"), None => String::new() })]
+    NoWorker {
+        /// The function.
+        function: FunctionName,
+        /// How long the call waited for one.
+        waited: Duration,
+        /// Why the last one ended or could not be started; [`StartError::CircuitOpen`] says until when none is started.
+        #[source]
+        source: Option<Arc<StartError>>,
+    },
     /// The function takes a callback. Declaring it is possible, calling it is not yet.
     #[error("{function} takes a callback, which is not yet supported")]
     CallbackUnsupported {
@@ -610,7 +630,7 @@ impl CallError {
             | CallError::Disposed(_)
             | CallError::Closed
             | CallError::Forked => false,
-            CallError::NotRunning { .. } => false,
+            CallError::NotRunning { .. } | CallError::NoWorker { .. } => false,
             _ => true,
         }
     }
@@ -648,6 +668,7 @@ impl CallError {
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
+    /// | `ERR_NO_WORKER` | a pool has no worker now | [`CallError::NoWorker`], [`StartError::Incomplete`] |
     /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach) |
     /// | `ERR_SESSION_LIMIT`, `ERR_STILL_STARTING`, `ERR_BACKING_OFF`, `ERR_CIRCUIT_OPEN`, `ERR_HOOK` | a supervisor does not open the session | [`StartError`]'s |
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
@@ -674,6 +695,7 @@ impl CallError {
             CallError::WrongResult { .. } => "ERR_RESULT_TYPE",
             CallError::Undeclared(_) => "ERR_UNDECLARED",
             CallError::NotRunning { .. } => "ERR_NOT_RUNNING",
+            CallError::NoWorker { .. } => "ERR_NO_WORKER",
             CallError::CallbackUnsupported { .. } => "ERR_CALLBACK",
             CallError::ForeignPointer { .. } => "ERR_FOREIGN_POINTER",
             CallError::InteriorNul { .. } => "ERR_INTERIOR_NUL",

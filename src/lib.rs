@@ -58,6 +58,7 @@ mod limits;
 mod module;
 mod monitor;
 mod placement;
+mod pool;
 #[cfg(feature = "self-exec")]
 mod self_exec;
 mod session;
@@ -82,6 +83,10 @@ pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
 pub use module::Module;
 pub use placement::{Backing, Placement, Prefault};
+pub use pool::{
+    Capacity, Pool, PoolBuilder, PoolCaller, PoolDynFunction, PoolErrors, PoolEvent, PoolFunction,
+    PoolSnapshot, PoolTicket, PoolWorker, Reason, Role,
+};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,

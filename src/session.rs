@@ -121,7 +121,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call about 10 ns longer on average; a session without it pays nothing.
     pub fn latencies(mut self, measure: bool) -> Self {
         self.latencies = measure;
         self
@@ -848,7 +848,22 @@ impl SessionInner {
     /// panic, and no payload is held, so there is nothing for a destructor to do.
     #[inline(always)]
     pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
+        self.call_straight_if(target, || true, words)
+    }
+
+    /// The same, but not here if `still` says no when the slot is taken.
+    #[inline(always)]
+    pub(crate) fn call_straight_if(
+        &self,
+        target: &Target,
+        still: impl FnOnce() -> bool,
+        words: impl FnOnce(&Slot),
+    ) -> Straight {
         let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
+        if !still() {
+            self.direct.busy.store(FREE, Release);
+            return Straight::Elsewhere;
+        }
         let slot = self.region.direct();
         words(slot);
         self.publish_direct(slot, target.index, target.label, sequence);
@@ -1037,6 +1052,18 @@ impl SessionInner {
         moved
     }
 
+    /// Leaves the direct slot to whoever calls next, if the calling thread is its home. For a thread that has prepared a session for others and will not call again: without it they would
+    /// have to wear out the home's claim first ([`CALLS_TO_MOVE`]).
+    pub(crate) fn leave_home(&self) {
+        let here = this_thread();
+        let home = self.direct.home.load(Relaxed);
+        if home & !ASKED == here {
+            // The home makes no call now. Fails if somebody is moving the home at this moment, which is as good. SYNC vacate
+            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            Turns::get().leave(here);
+        }
+    }
+
     /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
     fn settle_direct(&self, here: usize) {
         if self.direct.busy.load(Relaxed) != UNSURE {
@@ -1102,6 +1129,33 @@ impl SessionInner {
 
     fn books(&self, slot: u32) -> &RingBooks {
         &self.ring_books[slot as usize]
+    }
+
+    /// How many calls hold a slot: those in flight, and submitted ones that are answered and neither waited for nor dropped. Unlike [`SessionInner::calls`] it counts a call from the moment at
+    /// which it has its slot until it has given it back. Looks at every slot, so it is not for every call.
+    pub(crate) fn slots_held(&self) -> usize {
+        if self.status.load(Acquire) == ABANDONED {
+            // The slots of abandoned calls that have returned are given back by the next caller, who may never come.
+            let _ = self.refuse(&|| self.own_name("look"));
+        }
+        let mut ring = lock(&self.ring);
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Acquire)).count();
+        drop(ring);
+        let direct = match self.direct.busy.load(Acquire) {
+            FREE => false,
+            // Left by a former home, and lowered only by the next call of the present one: what tells is the slot.
+            UNSURE => self.region.direct().turn() == Turn::Pending,
+            _ => true,
+        };
+        // The slot at the tail is busy and has no call in it.
+        busy.saturating_sub(1) + usize::from(direct)
+    }
+
+    /// Whether a call holds the direct slot, as far as one load can tell.
+    #[inline(always)]
+    pub(crate) fn is_direct_busy(&self) -> bool {
+        self.direct.busy.load(Relaxed) == TAKEN
     }
 
     /// Frees the slots of callers that went away, where the reply has come.

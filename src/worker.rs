@@ -187,6 +187,10 @@ impl WorkerBuilder {
         &self.session
     }
 
+    pub(crate) fn grace_period(&self) -> Duration {
+        self.grace
+    }
+
     /// Starts the worker and waits until it is ready.
     ///
     /// # Errors
