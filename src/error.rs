@@ -426,6 +426,22 @@ pub enum CallError {
     /// on whose account. Other calls in flight have [`CallError::Crashed`] with the same report.
     #[error("{0}")]
     MemoryExceeded(Box<CrashReport>),
+    /// The session's memory limit refused an allocation while this call ran. The code has lived through that, and the session goes on; the call's result is not given,
+    /// because it is that of code which did not get what it needed.
+    #[error(
+        "{function} asked for {asked} bytes when {used} of the {bytes_max} of its session were in use: \
+         see SessionBuilder::memory_bytes_max"
+    )]
+    SessionMemoryExceeded {
+        /// The call.
+        function: FunctionName,
+        /// How many bytes were asked for when the limit was last exceeded. The worker's word.
+        asked: u64,
+        /// How many bytes were in use then. The worker's word.
+        used: u64,
+        /// The limit.
+        bytes_max: u64,
+    },
     /// This call wrote a file beyond the limit; the worker has ended. Other calls in flight have [`CallError::Crashed`] with the same report.
     #[error("{0}")]
     FileSizeExceeded(Box<CrashReport>),
@@ -611,6 +627,7 @@ impl CallError {
             | CallError::FileSizeExceeded(report)
             | CallError::Disposed(report) => report.involvement().may_have_run(),
             CallError::TimedOut { .. }
+            | CallError::SessionMemoryExceeded { .. }
             | CallError::NullString { .. }
             | CallError::StringTooLong { .. }
             | CallError::StringLost { .. } => true,
@@ -655,7 +672,7 @@ impl CallError {
     /// | `ERR_WORKER_CRASH` | the worker died: by a signal, an exit, another call's doing | [`CallError::Crashed`], [`StartError::Died`] |
     /// | `ERR_WORKER_DISPOSED` | it was disposed | [`CallError::Disposed`], [`StartError::Disposed`] |
     /// | `ERR_CPU_TIME_EXCEEDED` | more CPU time than allowed | [`CallError::CpuTimeExceeded`] |
-    /// | `ERR_MEMORY_EXCEEDED` | more memory than allowed | [`CallError::MemoryExceeded`] |
+    /// | `ERR_MEMORY_EXCEEDED` | more memory than allowed | [`CallError::MemoryExceeded`], [`CallError::SessionMemoryExceeded`] |
     /// | `ERR_FILE_SIZE_EXCEEDED` | a longer file than allowed | [`CallError::FileSizeExceeded`] |
     /// | `ERR_OPEN_FILES_EXCEEDED` | more open files than allowed | [`LoadError::OpenFilesExceeded`], [`StartError::Scarce`] |
     /// | `ERR_PROCESSES_EXCEEDED` | more processes and threads than allowed | [`StartError::Scarce`] |
@@ -682,7 +699,7 @@ impl CallError {
         match self {
             CallError::Crashed(_) => "ERR_WORKER_CRASH",
             CallError::CpuTimeExceeded(_) => "ERR_CPU_TIME_EXCEEDED",
-            CallError::MemoryExceeded(_) => "ERR_MEMORY_EXCEEDED",
+            CallError::MemoryExceeded(_) | CallError::SessionMemoryExceeded { .. } => "ERR_MEMORY_EXCEEDED",
             CallError::FileSizeExceeded(_) => "ERR_FILE_SIZE_EXCEEDED",
             CallError::Disposed(_) => "ERR_WORKER_DISPOSED",
             CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",

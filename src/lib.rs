@@ -55,6 +55,7 @@ mod events;
 mod isolated;
 mod latencies;
 mod limits;
+mod memory;
 mod module;
 mod monitor;
 mod placement;
@@ -81,6 +82,7 @@ pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
+pub use memory::SessionMemory;
 pub use module::Module;
 pub use placement::{Backing, Placement, Prefault};
 pub use pool::{

@@ -1162,7 +1162,7 @@ impl SessionInner {
     fn reclaim(&self, ring: &mut Ring) {
         let mut kept = Vec::new();
         for (slot, block) in ring.orphans.drain(..) {
-            if self.region.slot(slot).turn() == Turn::Reply {
+            if self.region.slot(slot).turn().is_answered() {
                 self.books(slot).busy.store(false, Release);
                 if let Some(block) = block {
                     self.free_block(block);
@@ -1222,7 +1222,7 @@ impl SessionInner {
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
                     let slot = self.slot(call.lane);
-                    if slot.turn() != Turn::Reply {
+                    if !slot.turn().is_answered() {
                         return true;
                     }
                     closed |= call.closes;
@@ -1381,6 +1381,19 @@ impl SessionInner {
     /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
     fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
         self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
+    }
+
+    /// What a session with a memory limit has in use, had at most, and was refused.
+    pub(crate) fn memory_counts(&self) -> Result<[u64; 3], CallError> {
+        let name = || self.own_name("memory");
+        let mut frame = self.claim(self.options.timeout, name)?;
+        match frame.run_fixed(fixed::MEMORY, &[], "memory")? {
+            [fixed::OK, used] => Ok([used, frame.reply(2), frame.reply(3)]),
+            _ => {
+                drop(frame);
+                Err(self.wrong_answer(&name()))
+            }
+        }
     }
 
     /// Copies worker memory, in pieces, each through a frame that `claim` gives.
@@ -1863,6 +1876,14 @@ impl<'s> Frame<'s> {
                     let _ = session.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
                 }
                 CallError::TimedOut { function, after: timeout, worker_killed }
+            }
+            Waited::Refused => {
+                let Some(bytes_max) = session.options.limits.memory_bytes else {
+                    return session.broken("a refusal of memory that has no limit".into(), &function);
+                };
+                self.stage = Stage::Replied;
+                let (asked, used) = (self.reply(0), self.reply(1));
+                CallError::SessionMemoryExceeded { function, asked, used, bytes_max }
             }
             Waited::Breach(state) => {
                 session

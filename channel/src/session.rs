@@ -13,6 +13,7 @@
 //! | [`FREE`] | address | status |
 //! | [`READ_STRING`] | target address (arena), source address, capacity | status, length |
 //! | [`CLOSE`] | | `OK`, and the session's thread ends |
+//! | [`MEMORY`] | | status, bytes in use, most bytes that were, allocations refused |
 
 use crate::signature::Signature;
 use serde::{Deserialize, Serialize};
@@ -33,8 +34,10 @@ pub const FREE: u32 = 5;
 pub const READ_STRING: u32 = 6;
 /// Ends the session: frees its blocks, unloads its modules, ends its thread.
 pub const CLOSE: u32 = 7;
+/// Tells what a session with a memory limit has allocated; without one, [`BAD_REQUEST`].
+pub const MEMORY: u32 = 8;
 /// The highest of the session's own functions.
-pub const FIXED_MAX: u32 = CLOSE;
+pub const FIXED_MAX: u32 = MEMORY;
 
 /// Status: done.
 pub const OK: u64 = 0;

@@ -101,6 +101,7 @@ fn structs_in_shared_memory_lie_as_documented() {
     compare_struct::<region::SessionHeader>("SessionHeader");
     compare_struct::<crash::CrashPage>("CrashPage");
     compare_struct::<crash::FrameCell>("FrameCell");
+    compare_struct::<crash::RefusalCell>("RefusalCell");
 }
 
 #[test]
@@ -113,11 +114,11 @@ fn constants_are_as_documented() {
     let mut expected = constants! {
         layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
-        slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED PARKED;
+        slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED REFUSED PARKED;
         control: FRAME_BYTES_MAX;
         session: DIRECTORY_BYTES_MAX STRING_LONGER STRING_LOST STRING_NULL STRING_WORDS NOP DIRECTORY READ WRITE ALLOCATE FREE READ_STRING
-            CLOSE OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
-        crash: CRASH_PAGE_BYTES FRAMES_MAX;
+            CLOSE MEMORY OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
+        crash: CRASH_PAGE_BYTES FRAMES_MAX REFUSALS_MAX;
     };
     expected.push(("ARGS_MAX", ARGS_MAX as u64));
     expected.extend(crash::WIRE_CONSTANTS.iter().map(|(name, value)| (*name, u64::from(*value))));
@@ -130,7 +131,7 @@ fn constants_are_as_documented() {
     for row in &documented {
         assert!(expected.iter().any(|(name, _)| *name == row[0]), "{} is in no code", row[0]);
     }
-    assert_eq!(session::FIXED_MAX, session::CLOSE);
+    assert_eq!(session::FIXED_MAX, session::MEMORY);
     assert_eq!(
         document().lines().next(),
         Some(&*format!("# Wire format, version {}", layout::PROTOCOL_VERSION))
@@ -214,7 +215,11 @@ fn messages_are_encoded_as_documented() {
                 same(row, &ToWorker::LimitWorker(limits));
             }
             "ToWorker::LimitSession" => {
-                let limits = SessionLimits { cpu_time_per_call_ns: Some(1000), cpu_time_ns: None };
+                let limits = SessionLimits {
+                    cpu_time_per_call_ns: Some(1000),
+                    cpu_time_ns: None,
+                    memory_bytes: Some(1 << 20),
+                };
                 same(row, &ToWorker::LimitSession { session: 7, limits });
             }
             "ToHost::Scarce" => same(row, &ToHost::Scarce { session: 7, what: Scarce::OpenFiles }),
