@@ -374,7 +374,7 @@ impl WorkerBuilder {
 
     /// Default: 0, no core files. Length of the core file that a crash may leave, in bytes (`RLIMIT_CORE`), at most the host's own hard limit.
     ///
-    /// Where `kernel.core_pattern` starts a program, the kernel does not apply the limit.
+    /// Where `kernel.core_pattern` starts a program, the kernel does not apply a limit above 0; with 0 the crash handler forbids the dump (`PR_SET_DUMPABLE`).
     pub fn core_bytes_max(mut self, bytes: u64) -> Self {
         self.limits.core_bytes = bytes;
         self
