@@ -577,7 +577,7 @@ pub trait FunctionType: Sealed {
 }
 
 /// Where argument `at`'s word lies: integers first, then floats. Folds to a constant.
-const fn word_index(types: &[Type], at: usize) -> usize {
+pub(crate) const fn word_index(types: &[Type], at: usize) -> usize {
     let mut integers = 0;
     let mut before_same_class = 0;
     let mut i = 0;
@@ -603,11 +603,11 @@ const fn word_index(types: &[Type], at: usize) -> usize {
 /// Handles can be cloned and kept; they keep their session open.
 #[derive(Debug)]
 pub struct Function<F: FunctionType> {
-    session: Arc<SessionInner>,
-    index: u32,
-    label: u32,
-    timeout: Duration,
-    name: Arc<FunctionName>,
+    pub(crate) session: Arc<SessionInner>,
+    pub(crate) index: u32,
+    pub(crate) label: u32,
+    pub(crate) timeout: Duration,
+    pub(crate) name: Arc<FunctionName>,
     _owner: Arc<SessionOwner>,
     _type: PhantomData<F>,
 }

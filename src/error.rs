@@ -254,6 +254,16 @@ pub enum CallError {
         /// How many slots there are.
         slots: u32,
     },
+    /// Another pipeline of the session was in use for as long as this one's function may take.
+    #[error(
+        "a pipeline for {function} waited {after:?} for another one of the session, which is still in use"
+    )]
+    PipelineTaken {
+        /// The function.
+        function: FunctionName,
+        /// How long it waited.
+        after: Duration,
+    },
     /// An argument or result is larger than the payload limit. Nothing was allocated or sent.
     #[error("{function} was given {bytes} bytes where the payload limit is {max}")]
     TooLarge {

@@ -54,6 +54,7 @@ mod events;
 mod isolated;
 mod module;
 mod monitor;
+mod pipeline;
 #[cfg(feature = "self-exec")]
 mod self_exec;
 mod session;
@@ -73,6 +74,7 @@ pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use module::Module;
+pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,

@@ -13,6 +13,8 @@
 //! | [`FREE`] | address | status |
 //! | [`READ_STRING`] | target address (arena), source address, capacity | status, length |
 //! | [`CLOSE`] | | `OK`, and the session's thread ends |
+//! | [`STREAM`] | position of the next request, the host's barrier | `OK`, the barrier for both |
+//! | [`STREAM_END`] (in the stream only) | | |
 
 use crate::signature::Signature;
 use serde::{Deserialize, Serialize};
@@ -33,8 +35,12 @@ pub const FREE: u32 = 5;
 pub const READ_STRING: u32 = 6;
 /// Ends the session: frees its blocks, unloads its modules, ends its thread.
 pub const CLOSE: u32 = 7;
+/// Switches the stream on: see [`crate::stream`].
+pub const STREAM: u32 = 8;
+/// The stream's last record: switches it off.
+pub const STREAM_END: u32 = 9;
 /// The highest of the session's own functions.
-pub const FIXED_MAX: u32 = CLOSE;
+pub const FIXED_MAX: u32 = STREAM_END;
 
 /// Status: done.
 pub const OK: u64 = 0;

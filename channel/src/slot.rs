@@ -277,6 +277,7 @@ pub struct Progress {
     ring_taken: AtomicU64,
     worker_cpu: AtomicU32,
     reserved: AtomicU32,
+    stream_taken: AtomicU64,
 }
 
 impl Default for Progress {
@@ -286,6 +287,7 @@ impl Default for Progress {
             ring_taken: AtomicU64::new(0),
             worker_cpu: AtomicU32::new(u32::MAX),
             reserved: AtomicU32::new(0),
+            stream_taken: AtomicU64::new(0),
         }
     }
 }
@@ -301,6 +303,17 @@ impl Progress {
     #[inline(always)]
     pub fn take_ring(&self, count: u64) {
         self.ring_taken.store(count, Relaxed);
+    }
+
+    /// Worker: notes that it takes the stream's `count`-th request.
+    #[inline(always)]
+    pub fn take_stream(&self, count: u64) {
+        self.stream_taken.store(count, Relaxed);
+    }
+
+    /// Host: how many requests of the stream the worker says it took. As [`Progress::taken`].
+    pub fn stream_taken(&self) -> u64 {
+        self.stream_taken.load(Relaxed)
     }
 
     /// Host: how many requests the worker says it took, direct and ring. Untrusted; exact once the worker is dead, because the
@@ -332,6 +345,7 @@ const _: () = {
     assert!(size_of::<Progress>() == 128 && std::mem::offset_of!(Progress, direct_taken) == 0);
     assert!(std::mem::offset_of!(Progress, ring_taken) == 8);
     assert!(std::mem::offset_of!(Progress, worker_cpu) == 16);
+    assert!(std::mem::offset_of!(Progress, stream_taken) == 24);
 };
 
 #[cfg(all(test, not(loom)))]
@@ -339,7 +353,7 @@ mod wire {
     use super::*;
     crate::wire_format::shared!(Slot: state, function, words);
     crate::wire_format::shared!(Doorbell: count, host_cpu);
-    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved);
+    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, stream_taken);
 }
 
 #[cfg(all(test, not(loom)))]

@@ -3,7 +3,7 @@
 use crate::session::{Answer, FailureKind, Request};
 use crate::signature::{ARGS_MAX, Signature, Type};
 use crate::wait::Policy;
-use crate::{control, crash, layout, region, session, slot};
+use crate::{control, crash, layout, region, session, slot, stream};
 use control::{Hello, ToHost, ToWorker};
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,9 @@ fn structs_in_shared_memory_lie_as_documented() {
     compare_struct::<slot::Slot>("Slot");
     compare_struct::<slot::Doorbell>("Doorbell");
     compare_struct::<slot::Progress>("Progress");
+    compare_struct::<stream::Sleepers>("Sleepers");
+    compare_struct::<stream::Record>("Record");
+    compare_struct::<stream::Stream>("Stream");
     compare_struct::<region::SessionHeader>("SessionHeader");
     compare_struct::<crash::CrashPage>("CrashPage");
     compare_struct::<crash::FrameCell>("FrameCell");
@@ -110,12 +113,13 @@ fn constants_are_as_documented() {
         };
     }
     let mut expected = constants! {
-        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET DIRECT_OFFSET RING_OFFSET
+        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET SLEEPERS_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
+        stream: RECORDS RECORD_WORDS AWAKE ASLEEP;
         slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED PARKED;
         control: FRAME_BYTES_MAX;
         session: DIRECTORY_BYTES_MAX STRING_LONGER STRING_LOST STRING_NULL STRING_WORDS NOP DIRECTORY READ WRITE ALLOCATE FREE READ_STRING
-            CLOSE OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
+            CLOSE STREAM STREAM_END OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
         crash: CRASH_PAGE_BYTES FRAMES_MAX;
     };
     expected.push(("ARGS_MAX", ARGS_MAX as u64));

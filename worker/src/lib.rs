@@ -16,6 +16,7 @@ mod dispatch;
 mod library;
 mod memory;
 mod serve;
+mod stream;
 
 pub use control::{EXIT_HOST_GONE, EXIT_NO_SOCKET, EXIT_PROTOCOL};
 use hotcell_channel::control::WORKER_MARKER;

@@ -4,10 +4,12 @@ use crate::crash_handler;
 use crate::dispatch::Callable;
 use crate::library::Libraries;
 use crate::memory::Blocks;
+use crate::stream::StreamLane;
 use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
 use hotcell_channel::session::{self, Answer, FailureKind, Request};
 use hotcell_channel::slot::{FUNCTIONS_MAX, Slot};
+use hotcell_channel::stream::{BATCH, Lane};
 use hotcell_channel::wait::{self, Policy, Spin, Which};
 use hotcell_channel::{control, sys};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -17,6 +19,7 @@ struct Session<'r> {
     libraries: Libraries,
     functions: Vec<Callable>,
     blocks: Blocks,
+    stream: StreamLane<'r>,
 }
 
 /// Serves a session on the calling thread until the host closes it. `listening` is called once, when requests can come.
@@ -28,8 +31,13 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     let running = AtomicU32::new(u32::MAX);
     crash_handler::set_session(id, &running);
 
-    let mut session =
-        Session { region, libraries: Libraries::default(), functions: Vec::new(), blocks: Blocks::default() };
+    let mut session = Session {
+        region,
+        libraries: Libraries::default(),
+        functions: Vec::new(),
+        blocks: Blocks::default(),
+        stream: StreamLane::new(region),
+    };
     let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
     let slots = region.geometry().slots;
     let spin = Spin::new(policy);
@@ -38,7 +46,18 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
     let mut last = Which::Direct;
     listening();
     loop {
-        let which = wait::wait_request(direct, ring, last, &spin, bell, progress, direct_count + ring_count);
+        let which = if session.stream.is_on() {
+            match session.stream.wait(ring, &spin, direct_count + ring_count) {
+                Lane::Direct => Which::Direct,
+                Lane::Ring => Which::Ring,
+                Lane::Stream => {
+                    session.serve_stream(BATCH, &running);
+                    continue;
+                }
+            }
+        } else {
+            wait::wait_request(direct, ring, last, &spin, bell, progress, direct_count + ring_count)
+        };
         last = which;
         let slot = match which {
             Which::Direct => {
@@ -58,6 +77,8 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
         if let Some(callable) = callable {
             callable.invoke(slot, &mut session.blocks);
         } else if function == session::CLOSE {
+            // Calls that were sent before it run before it, whether somebody waits for them or not.
+            session.serve_stream(u32::MAX, &running);
             break close(session, slot, bomb);
         } else {
             session.fixed(function, slot);
@@ -79,6 +100,11 @@ fn close(session: Session<'_>, slot: &Slot, bomb: AbortOnPanic) {
 }
 
 impl Session<'_> {
+    /// Serves at most `most` calls of the stream that are there.
+    fn serve_stream(&mut self, most: u32, running: &AtomicU32) {
+        self.stream.serve(most, &self.functions, &mut self.blocks, running);
+    }
+
     /// The session's own functions: see [`hotcell_channel::session`].
     #[cold]
     #[inline(never)]
@@ -102,6 +128,10 @@ impl Session<'_> {
                 let (status, length) = self.blocks.copy_string(word(0), word(1), word(2));
                 slot.set_word(1, length);
                 status
+            }
+            session::STREAM => {
+                slot.set_word(1, self.stream.switch_on(word(0), word(1)));
+                session::OK
             }
             _ => session::BAD_REQUEST,
         };
