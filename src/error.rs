@@ -101,6 +101,21 @@ pub enum StartError {
         /// Its range.
         expected: &'static str,
     },
+    /// The kernel refused what a placement option of [`SessionBuilder`](crate::SessionBuilder) asks for. The session was not opened.
+    #[error("{option} cannot be {given} in {place}: {source}; {advice}")]
+    Placement {
+        /// The option.
+        option: &'static str,
+        /// The given value.
+        given: String,
+        /// Which of the two processes was refused.
+        place: &'static str,
+        /// What the kernel said; for the worker, what it says that the kernel said.
+        #[source]
+        source: io::Error,
+        /// What to do about it.
+        advice: &'static str,
+    },
     /// This process is a fork of the one that uses hotcell. Its workers belong to the original.
     #[error("this process is a fork of the one that uses hotcell: it can use hotcell again after exec")]
     Forked,

@@ -55,6 +55,7 @@ mod isolated;
 mod module;
 mod monitor;
 mod pipeline;
+mod placement;
 #[cfg(feature = "self-exec")]
 mod self_exec;
 mod session;
@@ -75,6 +76,7 @@ pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use module::Module;
 pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
+pub use placement::{Backing, Placement, Prefault};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,

@@ -12,14 +12,16 @@ use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::monitor::lock;
 use crate::pipeline::StreamBooks;
+use crate::placement::{self, Placement};
 use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
 use hotcell_channel::control::{self, ToWorker};
 use hotcell_channel::layout::{
-    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
+    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, HUGE_PAGE_BYTES, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
 };
+use hotcell_channel::placement::Wanted;
 use hotcell_channel::region::{self, Region};
 use hotcell_channel::session::{self as fixed, Answer, FailureKind, Request};
 use hotcell_channel::signature::Signature;
@@ -47,6 +49,7 @@ pub struct SessionBuilder {
     payload_bytes_max: u64,
     string_bytes_max: u64,
     stack_bytes: u64,
+    pub(crate) placement: Wanted,
 }
 
 impl Default for SessionBuilder {
@@ -59,6 +62,7 @@ impl Default for SessionBuilder {
             payload_bytes_max: 64 << 20,
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
+            placement: Wanted::default(),
         }
     }
 }
@@ -128,7 +132,7 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
-        Ok(())
+        placement::check(&self.placement, self.payload_bytes_max)
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -145,8 +149,10 @@ impl SessionBuilder {
 
     fn geometry(&self) -> Geometry {
         // Room for a largest argument, a largest result, what alignment and fragments lose, and blocks beside them. Only used pages cost memory.
-        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(PAGE_BYTES);
-        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX) }
+        let huge_pages = self.placement.huge_pages;
+        let unit = if huge_pages { HUGE_PAGE_BYTES } else { PAGE_BYTES };
+        let arena = (4 * self.payload_bytes_max + (1 << 20) + SCRATCH_BYTES).next_multiple_of(unit);
+        Geometry { slots: self.slots, arena_bytes: arena.min(ARENA_BYTES_MAX), huge_pages }
     }
 }
 
@@ -165,6 +171,7 @@ pub struct Session {
 pub(crate) struct SessionOwner {
     pub(crate) inner: Arc<SessionInner>,
     worker: Arc<WorkerOwner>,
+    placement: Placement,
 }
 
 impl Drop for SessionOwner {
@@ -184,6 +191,7 @@ impl Session {
     pub(crate) fn open(worker: &Arc<WorkerOwner>, options: SessionBuilder) -> Result<Session, StartError> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         options.check()?;
+        Turns::get(); // made here, so that no call makes it
         if sys::original_process().load(Relaxed) == 0 {
             return Err(StartError::Forked);
         }
@@ -191,6 +199,7 @@ impl Session {
         let geometry = options.geometry();
         let (region, region_fd) =
             Region::create(geometry, id).map_err(|e| StartError::system("making the session's region", e))?;
+        let host = placement::back(&region, region_fd.as_fd(), &options.placement)?;
         let inner = Arc::new_cyclic(|me| {
             SessionInner::new(me.clone(), id, region, region_fd, Arc::clone(&worker.inner), options)
         });
@@ -200,10 +209,12 @@ impl Session {
             arena_bytes: geometry.arena_bytes,
             policy: inner.options.policy,
             stack_bytes: inner.options.stack_bytes,
+            placement: inner.options.placement,
         };
-        let address = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
+        let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
-        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker) }) })
+        let placement = Placement::new(host, placed);
+        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker), placement }) })
     }
 
     /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
@@ -217,6 +228,11 @@ impl Session {
     /// The worker that this session is in.
     pub fn worker(&self) -> Worker {
         Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// What became of the options for where the session runs and on which memory, when it was opened.
+    pub fn placement(&self) -> &Placement {
+        &self.owner.placement
     }
 
     /// Calls the worker's session thread and does nothing there: a sign of life.
@@ -641,7 +657,10 @@ impl SessionInner {
             me,
             status: AtomicU32::new(OPEN),
             original: sys::original_process(),
-            arena: Mutex::new(Arena::new(region.geometry().arena_bytes)),
+            arena: Mutex::new(Arena::with_committed(
+                region.geometry().arena_bytes,
+                options.placement.committed_bytes(),
+            )),
             region,
             arena_address: AtomicU64::new(0),
             spin: Spin::new(options.policy),

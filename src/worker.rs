@@ -3,8 +3,10 @@
 use crate::crash::{Cause, CrashReport, Death, Involvement};
 use crate::error::{FunctionName, StartError};
 use crate::monitor::{self, Runtime, Source, Spawned, lock};
+use crate::placement;
 use crate::session::{Session, SessionBuilder, SessionInner};
 use hotcell_channel::control::{self, Hello, Mismatch, ToHost, ToWorker};
+use hotcell_channel::placement::{Failure, Placed};
 use hotcell_channel::region::CrashRegion;
 use hotcell_channel::socket::{self, PacketError};
 use hotcell_channel::sys::{self, WaitStatus};
@@ -365,8 +367,17 @@ pub(crate) struct Inbox {
     hello: Option<Result<(), Mismatch>>,
     greeted: bool,
     /// Sessions that were asked for; with the worker's answer once it is there.
-    opening: HashMap<u32, Option<Result<u64, String>>>,
+    opening: HashMap<u32, Option<Answer>>,
     dead: bool,
+}
+
+/// A worker's answer to the request for a session: the address of the arena there, and how the session is placed.
+type Answer = Result<(u64, Placed), Refusal>;
+
+#[derive(Debug)]
+enum Refusal {
+    Other(String),
+    Placement(Failure),
 }
 
 /// Why the host ended a worker, and on account of which session.
@@ -559,13 +570,13 @@ impl WorkerInner {
         self.wait_inbox(Duration::from_secs(10), |inbox| inbox.dead.then_some(()));
     }
 
-    /// Asks the worker for a session and waits for its answer: the address of the arena in the worker.
+    /// Asks the worker for a session and waits for its answer: the address of the arena in the worker, and how the session is placed.
     pub(crate) fn open_session(
         &self,
         session: &Arc<SessionInner>,
         region: BorrowedFd<'_>,
         request: &ToWorker,
-    ) -> Result<u64, StartError> {
+    ) -> Result<(u64, Placed), StartError> {
         let id = session.id();
         lock(&self.sessions).insert(id, Arc::downgrade(session));
         lock(&self.inbox).opening.insert(id, None);
@@ -595,8 +606,15 @@ impl WorkerInner {
         };
         lock(&self.inbox).opening.remove(&id);
         let refused = match answer {
-            Some(Some(Ok(address))) => return Ok(address),
-            Some(Some(Err(reason))) => StartError::Refused { reason },
+            Some(Some(Ok(opened))) => return Ok(opened),
+            Some(Some(Err(Refusal::Other(reason)))) => StartError::Refused { reason },
+            Some(Some(Err(Refusal::Placement(failure)))) => {
+                placement::refused(&session.options.placement, failure).unwrap_or_else(|| {
+                    self.breach("it refused a placement that was not asked for", Some(id));
+                    self.wait_gone();
+                    self.died_early()
+                })
+            }
             Some(None) => self.died_early(),
             None => {
                 let after = self.start_timeout;
@@ -764,8 +782,12 @@ impl WorkerInner {
             return checked.map(drop).map_err(|mismatch| mismatch.to_string());
         }
         let (session, answer) = match control::decode::<ToHost>(frame).map_err(|bad| bad.to_string())? {
-            ToHost::Opened { session, arena_address } => (session, Ok(arena_address)),
-            ToHost::Refused { session, reason } => (session, Err(printable(reason.as_bytes()))),
+            ToHost::Opened { session, arena_address } => (session, Ok((arena_address, Placed::default()))),
+            ToHost::Placed { session, arena_address, placed } => (session, Ok((arena_address, placed))),
+            ToHost::Refused { session, reason } => {
+                (session, Err(Refusal::Other(printable(reason.as_bytes()))))
+            }
+            ToHost::Unplaced { session, failure } => (session, Err(Refusal::Placement(failure))),
         };
         match inbox.opening.get_mut(&session) {
             Some(waiting @ None) => *waiting = Some(answer),

@@ -62,6 +62,7 @@ pub enum ArenaError {
 pub struct Arena {
     bytes: u64,
     committed: u64,
+    retained: u64,
     in_use: u32,
     allocator: Option<Allocator>,
 }
@@ -79,7 +80,12 @@ impl std::fmt::Debug for Arena {
 impl Arena {
     /// An arena of `bytes` bytes whose first [`SCRATCH_BYTES`] are committed and belong to the direct slot.
     pub fn new(bytes: u64) -> Self {
-        Self { bytes, committed: SCRATCH_BYTES, in_use: 0, allocator: None }
+        Self::with_committed(bytes, SCRATCH_BYTES)
+    }
+
+    /// The same, with more of its first bytes committed. They stay so.
+    pub fn with_committed(bytes: u64, committed: u64) -> Self {
+        Self { bytes, committed, retained: committed.max(RETAINED_BYTES), in_use: 0, allocator: None }
     }
 
     /// Hands out a block of at least `bytes` bytes, after `commit(offset, bytes)` has given it pages where it had none.
@@ -122,10 +128,10 @@ impl Arena {
             allocator.free(block.allocation);
             self.in_use -= 1;
         }
-        if self.in_use == 0 && self.committed > RETAINED_BYTES {
+        if self.in_use == 0 && self.committed > self.retained {
             // If the system cannot take the pages back they stay committed, and the books keep saying so.
-            if decommit(RETAINED_BYTES, self.committed - RETAINED_BYTES).is_ok() {
-                self.committed = RETAINED_BYTES;
+            if decommit(self.retained, self.committed - self.retained).is_ok() {
+                self.committed = self.retained;
             }
         }
     }
@@ -185,6 +191,20 @@ mod tests {
         });
         assert_eq!(given_back, Some((RETAINED_BYTES, committed - RETAINED_BYTES)));
         assert_eq!(arena.committed(), RETAINED_BYTES);
+    }
+
+    #[test]
+    fn what_was_committed_from_the_start_stays() {
+        let mut arena = Arena::with_committed(64 * MIB, 16 * MIB);
+        let small = arena.allocate(8 * MIB, |_, _| panic!("these pages are there")).unwrap();
+        let large = arena.allocate(20 * MIB, |_, _| Ok(())).unwrap();
+        let mut given_back = None;
+        arena.free(large, |_, _| panic!("a block is out"));
+        arena.free(small, |offset, _| {
+            given_back = Some(offset);
+            Ok(())
+        });
+        assert_eq!((given_back, arena.committed()), (Some(16 * MIB), 16 * MIB));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 //! not fit. Everything after it is postcard-encoded and may change with [`PROTOCOL_VERSION`].
 
 use crate::layout::{LAYOUT_HASH, MAGIC, PROTOCOL_VERSION};
+use crate::placement::{Failure, Placed, Wanted};
 use crate::wait::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -132,6 +133,8 @@ pub enum ToWorker {
         policy: Policy,
         /// Stack of the session's thread, in bytes.
         stack_bytes: u64,
+        /// Where its thread and its memory are to be.
+        placement: Wanted,
     },
 }
 
@@ -151,6 +154,22 @@ pub enum ToHost {
         session: u32,
         /// Why; untrusted text.
         reason: String,
+    },
+    /// As `Opened`, for a session that asked for a placement: it was all done, and this is the kernel's account of it.
+    Placed {
+        /// The session's number.
+        session: u32,
+        /// As in `Opened`.
+        arena_address: u64,
+        /// What was done.
+        placed: Placed,
+    },
+    /// As `Refused`: a part of the placement could not be done.
+    Unplaced {
+        /// The session's number.
+        session: u32,
+        /// Which, and what the kernel said.
+        failure: Failure,
     },
 }
 

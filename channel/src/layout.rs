@@ -21,6 +21,8 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"hotcell\0");
 pub const PROTOCOL_VERSION: u32 = 2;
 /// Granularity of the region and of its parts.
 pub const PAGE_BYTES: u64 = 4096;
+/// Alignment of an arena that may lie in huge pages, and their size: that of x86-64, and of aarch64 with pages of 4 KiB.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 /// Offset of [`Progress`].
 pub const PROGRESS_OFFSET: u64 = 128;
 /// Offset of [`Doorbell`].
@@ -48,6 +50,8 @@ pub struct Geometry {
     pub slots: u32,
     /// Bytes in the arena, a multiple of [`PAGE_BYTES`].
     pub arena_bytes: u64,
+    /// Whether the arena starts at a multiple of [`HUGE_PAGE_BYTES`], in the file and in each process, so that huge pages fit into it.
+    pub huge_pages: bool,
 }
 
 impl Geometry {
@@ -56,14 +60,20 @@ impl Geometry {
         RING_OFFSET + index as u64 * size_of::<Slot>() as u64
     }
 
+    /// The end of the slots, up to the next page.
+    pub const fn slots_end(&self) -> u64 {
+        Self::slot_offset(self.slots).next_multiple_of(PAGE_BYTES)
+    }
+
     /// The offset of the stream.
     pub const fn stream_offset(&self) -> u64 {
-        Self::slot_offset(self.slots).next_multiple_of(PAGE_BYTES)
+        self.slots_end()
     }
 
     /// The offset of the arena.
     pub const fn arena_offset(&self) -> u64 {
-        self.stream_offset() + size_of::<Stream>() as u64
+        let stream_end = self.stream_offset() + size_of::<Stream>() as u64;
+        if self.huge_pages { stream_end.next_multiple_of(HUGE_PAGE_BYTES) } else { stream_end }
     }
 
     /// The size of the whole region.
@@ -130,12 +140,14 @@ mod tests {
 
     #[test]
     fn parts_do_not_overlap() {
-        let g = Geometry { slots: 256, arena_bytes: SCRATCH_BYTES };
+        let g = Geometry { slots: 256, arena_bytes: SCRATCH_BYTES, huge_pages: false };
         assert!(g.is_valid());
         assert!(Geometry::slot_offset(255) + 128 <= g.stream_offset());
         assert_eq!(g.stream_offset() % PAGE_BYTES, 0);
         assert_eq!(g.arena_offset() % PAGE_BYTES, 0);
         assert_eq!(g.region_bytes(), g.arena_offset() + SCRATCH_BYTES);
+        let huge = Geometry { huge_pages: true, ..g };
+        assert_eq!((huge.arena_offset(), huge.slots_end()), (HUGE_PAGE_BYTES, g.slots_end()));
     }
 
     #[test]
@@ -147,7 +159,8 @@ mod tests {
             (8, SCRATCH_BYTES + 1),
             (8, ARENA_BYTES_MAX * 2),
         ] {
-            assert!(!Geometry { slots, arena_bytes }.is_valid(), "{slots} {arena_bytes}");
+            let huge_pages = false;
+            assert!(!Geometry { slots, arena_bytes, huge_pages }.is_valid(), "{slots} {arena_bytes}");
         }
     }
 }

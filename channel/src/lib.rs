@@ -10,9 +10,12 @@
 //! calls). Everything else is safe Rust over atomics.
 
 pub mod arena;
+#[cfg(not(loom))]
 pub mod control;
 pub mod crash;
 pub mod layout;
+#[cfg(not(loom))]
+pub mod placement;
 #[cfg(not(loom))]
 pub mod region;
 pub mod session;

@@ -12,8 +12,8 @@
 //! - Every offset is checked against the mapping's length, in release builds too.
 
 use crate::layout::{
-    DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, LAYOUT_HASH, MAGIC, PROGRESS_OFFSET, PROTOCOL_VERSION,
-    SCRATCH_BYTES, SLEEPERS_OFFSET,
+    DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, HUGE_PAGE_BYTES, LAYOUT_HASH, MAGIC, PROGRESS_OFFSET,
+    PROTOCOL_VERSION, SCRATCH_BYTES, SLEEPERS_OFFSET,
 };
 use crate::slot::{Doorbell, Progress, Slot};
 use crate::stream::{Sleepers, Stream};
@@ -28,6 +28,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
 /// `MFD_NOEXEC_SEAL` (Linux 6.3): the memory can never be made executable through its descriptor.
 const MFD_NOEXEC_SEAL: u32 = 0x0008;
+
+/// `MADV_COLLAPSE` (Linux 6.1), which the C library's headers may not have yet.
+const MADV_COLLAPSE: i32 = 25;
 
 /// The seals without which a region is not mapped.
 const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
@@ -140,7 +143,7 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    fn new(fd: BorrowedFd<'_>, bytes: u64) -> Result<Self, RegionError> {
+    fn new(fd: BorrowedFd<'_>, bytes: u64, huge_pages: bool) -> Result<Self, RegionError> {
         verify(fd, bytes)?;
         let fail = |errno: nix::Error| RegionError::System { call: "mmap", bytes, source: errno.into() };
         let length = usize::try_from(bytes)
@@ -148,11 +151,20 @@ impl Mapping {
             .and_then(NonZeroUsize::new)
             .ok_or(nix::Error::EINVAL)
             .map_err(fail)?;
+        let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        if huge_pages {
+            let place = Reserved::new(length).map_err(fail)?;
+            let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+            // SAFETY: replaces `length` bytes of an address range that was reserved for this just now and that nobody else knows. The file is sealed and has
+            // exactly `length` bytes (verified above), so every byte of the mapping is backed.
+            let base = unsafe { mmap(Some(place.aligned), length, rights, flags, fd, 0) };
+            let base = base.map_err(fail)?.cast();
+            place.keep_only_the_mapping(length);
+            return Ok(Self { base, bytes: length.get() });
+        }
         // SAFETY: a new shared mapping at an address of the kernel's choice, so it replaces nothing. The file is sealed against shrinking and
         // has exactly `length` bytes (verified above), so every byte of the mapping is backed.
-        let base = unsafe {
-            mmap(None, length, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED, fd, 0)
-        };
+        let base = unsafe { mmap(None, length, rights, MapFlags::MAP_SHARED, fd, 0) };
         Ok(Self { base: base.map_err(fail)?.cast(), bytes: length.get() })
     }
 
@@ -187,6 +199,50 @@ impl Drop for Mapping {
     }
 }
 
+/// Addresses, with nothing behind them, for a mapping that has to start at a multiple of [`HUGE_PAGE_BYTES`].
+struct Reserved {
+    start: NonNull<u8>,
+    bytes: usize,
+    aligned: NonZeroUsize,
+}
+
+impl Reserved {
+    fn new(length: NonZeroUsize) -> Result<Self, nix::Error> {
+        let unit = usize::try_from(HUGE_PAGE_BYTES).map_err(|_| nix::Error::EINVAL)?;
+        let bytes = length.checked_add(unit).ok_or(nix::Error::EINVAL)?;
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: a new mapping without access at an address of the kernel's choice, so it replaces nothing.
+        let start = unsafe { nix::sys::mman::mmap_anonymous(None, bytes, ProtFlags::PROT_NONE, flags) }?;
+        let aligned = start.addr().get().next_multiple_of(unit);
+        // At most `unit` above the start, which leaves `length` bytes; an address of a mapping is not zero.
+        let aligned = NonZeroUsize::new(aligned).ok_or(nix::Error::EINVAL)?;
+        Ok(Self { start: start.cast(), bytes: bytes.get(), aligned })
+    }
+
+    /// Gives back what lies before and behind the mapping of `length` bytes at `aligned`.
+    fn keep_only_the_mapping(self, length: NonZeroUsize) {
+        let before = self.aligned.get() - self.start.addr().get();
+        let behind = before + length.get();
+        for (offset, bytes) in [(0, before), (behind, self.bytes - behind)] {
+            if bytes > 0 {
+                // SAFETY: offset <= self.bytes, so the result is inside the reserved range or at its end.
+                let at = unsafe { self.start.add(offset) };
+                // SAFETY: `bytes` bytes of the range that `new` reserved, without those that the mapping has taken; nobody else knows them. (Should the kernel
+                // refuse, they stay reserved and harm nobody.)
+                let _ = unsafe { munmap(at.cast(), bytes) };
+            }
+        }
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        // SAFETY: the range that `new` reserved; nothing was mapped into it, or `keep_only_the_mapping` would have forgotten it.
+        let _ = unsafe { munmap(self.start.cast(), self.bytes) };
+    }
+}
+
 /// The words at the start of a session's region. Written once by the host, before the worker gets the descriptor.
 #[repr(C, align(128))]
 pub(crate) struct SessionHeader {
@@ -214,6 +270,7 @@ const _: () = {
 pub struct Region {
     mapping: Mapping,
     geometry: Geometry,
+    arena_offset: u64,
     /// Where the hot path goes, so that it neither computes nor checks.
     direct: Hot<Slot>,
     bell: Hot<Doorbell>,
@@ -251,7 +308,7 @@ impl Region {
                 source,
             })?;
         }
-        let region = Self::new(Mapping::new(fd.as_fd(), bytes)?, geometry);
+        let region = Self::new(Mapping::new(fd.as_fd(), bytes, geometry.huge_pages)?, geometry);
         let header = region.header();
         header.magic.store(MAGIC, Relaxed);
         header.layout_hash.store(LAYOUT_HASH, Relaxed);
@@ -270,7 +327,7 @@ impl Region {
         if !geometry.is_valid() {
             return Err(RegionError::WrongHeader);
         }
-        let region = Self::new(Mapping::new(fd, geometry.region_bytes())?, geometry);
+        let region = Self::new(Mapping::new(fd, geometry.region_bytes(), geometry.huge_pages)?, geometry);
         let header = region.header();
         let same = header.magic.load(Relaxed) == MAGIC
             && header.layout_hash.load(Relaxed) == LAYOUT_HASH
@@ -307,7 +364,8 @@ impl Region {
         let stream = Hot(NonNull::from(unsafe { mapping.atomics::<Stream>(geometry.stream_offset()) }));
         // SAFETY: Sleepers consists of atomics only.
         let sleepers = Hot(NonNull::from(unsafe { mapping.atomics::<Sleepers>(SLEEPERS_OFFSET) }));
-        Self { mapping, geometry, direct, bell, progress, stream, sleepers }
+        let arena_offset = geometry.arena_offset();
+        Self { mapping, arena_offset, geometry, direct, bell, progress, stream, sleepers }
     }
 
     fn header(&self) -> &SessionHeader {
@@ -368,7 +426,78 @@ impl Region {
 
     /// Where the arena lies in this process, as a number.
     pub fn arena_address(&self) -> u64 {
-        (self.mapping.base.as_ptr().expose_provenance() as u64) + self.geometry.arena_offset()
+        (self.mapping.base.as_ptr().expose_provenance() as u64) + self.arena_offset
+    }
+
+    // Where the memory is. Ranges are offsets from the region's start.
+
+    /// `madvise(MADV_POPULATE_WRITE)` (Linux 5.14): maps the range's pages in this process, allocating those that are missing.
+    ///
+    /// # Errors
+    /// `EINVAL` before Linux 5.14, `ENOMEM` or `EFAULT` if there is no memory, or the range is not in the region.
+    pub fn populate(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.advise(offset, bytes, libc::MADV_POPULATE_WRITE)
+    }
+
+    /// `madvise(MADV_COLLAPSE)` (Linux 6.1): puts the range into huge pages now. Both ends are multiples of [`HUGE_PAGE_BYTES`].
+    ///
+    /// # Errors
+    /// `EINVAL` before Linux 6.1 or where huge pages are denied; `ENOMEM`, `EAGAIN`, `EBUSY` if there are none now; `EFAULT` if the range is not in the region.
+    pub fn collapse(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        self.advise(offset, bytes, MADV_COLLAPSE)
+    }
+
+    /// `mlock`: keeps the range in memory.
+    ///
+    /// # Errors
+    /// `EPERM` or `ENOMEM` over `RLIMIT_MEMLOCK`, `EAGAIN` if there is no memory, `EFAULT` if the range is not in the region.
+    pub fn lock(&self, offset: u64, bytes: u64) -> io::Result<()> {
+        let (at, length) = self.range(offset, bytes)?;
+        // SAFETY: the range lies in this region's own mapping; a lock changes nothing that can be observed but where the pages are.
+        unsafe { nix::sys::mman::mlock(at.cast(), length) }.map_err(Into::into)
+    }
+
+    /// One access to each page of the range, which changes nothing: for kernels without [`Region::populate`]. The pages must be allocated ([`commit`]); what is not in the region is left out.
+    pub fn touch(&self, offset: u64, bytes: u64) {
+        let step = usize::try_from(crate::layout::PAGE_BYTES).unwrap_or(usize::MAX);
+        for at in (offset..offset.saturating_add(bytes)).step_by(step) {
+            let Some(byte) = self.mapping.at(at, 1) else { return };
+            // SAFETY: in bounds (checked above), never null, and shared memory is only accessed by atomics or by the copies below.
+            let byte = unsafe { std::sync::atomic::AtomicU8::from_ptr(byte) };
+            byte.fetch_or(0, Relaxed);
+        }
+    }
+
+    /// How many bytes of the mappings that have a part in the range lie in huge pages in this process, as `/proc/self/smaps` has it.
+    ///
+    /// # Errors
+    /// Those of reading `/proc`, and `EFAULT` if the range is not in the region.
+    pub fn huge_bytes(&self, offset: u64, bytes: u64) -> io::Result<u64> {
+        let (at, _) = self.range(offset, bytes)?;
+        let start = at.addr().get() as u64;
+        let smaps = std::fs::read_to_string("/proc/self/smaps")?;
+        Ok(crate::placement::huge_bytes_in(&smaps, start, start + bytes))
+    }
+
+    fn advise(&self, offset: u64, bytes: u64, advice: i32) -> io::Result<()> {
+        let (at, length) = self.range(offset, bytes)?;
+        loop {
+            // SAFETY: the range lies in this region's own mapping, and both kinds of advice that come here only bring pages in or move them: what they hold stays.
+            if unsafe { libc::madvise(at.as_ptr().cast(), length, advice) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    fn range(&self, offset: u64, bytes: u64) -> io::Result<(NonNull<u8>, usize)> {
+        let outside = || io::Error::from_raw_os_error(libc::EFAULT);
+        let length = usize::try_from(bytes).map_err(|_| outside())?;
+        let at = self.mapping.at(offset, length).and_then(NonNull::new).ok_or_else(outside)?;
+        Ok((at, length))
     }
 
     #[inline(always)]
@@ -377,7 +506,7 @@ impl Region {
         if end > self.geometry.arena_bytes {
             return None;
         }
-        self.mapping.at(self.geometry.arena_offset() + offset, bytes)
+        self.mapping.at(self.arena_offset + offset, bytes)
     }
 
     /// Copies `from` into the arena at `offset`. False if it does not fit there.
@@ -474,7 +603,7 @@ impl CrashRegion {
     /// # Errors
     /// A missing seal, a wrong size, or a refusal of the kernel.
     pub fn open(fd: BorrowedFd<'_>) -> Result<Self, RegionError> {
-        Ok(Self { mapping: Mapping::new(fd, crate::crash::CRASH_PAGE_BYTES as u64)? })
+        Ok(Self { mapping: Mapping::new(fd, crate::crash::CRASH_PAGE_BYTES as u64, false)? })
     }
 
     /// The page.
@@ -495,7 +624,7 @@ mod tests {
     use super::*;
     use crate::layout::SCRATCH_BYTES;
 
-    const GEOMETRY: Geometry = Geometry { slots: 4, arena_bytes: 2 * SCRATCH_BYTES };
+    const GEOMETRY: Geometry = Geometry { slots: 4, arena_bytes: 2 * SCRATCH_BYTES, huge_pages: false };
 
     #[test]
     fn both_mappings_see_the_same_slot_and_bytes() {

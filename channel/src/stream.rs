@@ -39,7 +39,8 @@
 //! fence of their own. A side whose `membarrier` fails later sleeps for at most [`UNSURE_SLICE`] at a time.
 //!
 //! A sleeper that sees its answer, or was woken for another reason, takes the announcement back by itself. A publisher that finds it takes it back too, by an exchange, so that of a burst
-//! only the first record costs a system call. If the exchange finds nothing any more, the sleeper is awake, and looks again before it sleeps.
+//! only the first record costs a system call. If the exchange finds nothing any more, the sleeper is awake, and looks again before it sleeps. All writes of the word are
+//! exchanges, the sleeper's too: so they have one order, and a publisher's late exchange either took an announcement, and then wakes, or came before it.
 //!
 //! Nothing here trusts the other side: a head that is neither the old nor the expected one is told as such, and each sleep of the host ends by itself.
 
@@ -366,12 +367,12 @@ pub fn wait_reply(
         if left.is_zero() {
             break Waited::TimedOut;
         }
-        sleepers.host.store(ASLEEP, Relaxed);
+        sleepers.host.swap(ASLEEP, AcqRel);
         let sure = barrier.before_sleep();
         // The monitor writes its facts, then takes the announcement back and wakes; we announce, then look at the facts, with a fence in between on both
         // sides: SYNC stream death.
         if !alive() {
-            sleepers.host.store(AWAKE, Relaxed);
+            sleepers.host.swap(AWAKE, AcqRel);
             break if stream.has_reply(position) { Waited::Replied } else { Waited::Dead };
         }
         if !stream.has_reply(position) {
@@ -379,7 +380,7 @@ pub fn wait_reply(
             bell.set_host_cpu(wait::cpu());
             futex_wait(&sleepers.host, ASLEEP, Some(left.min(if sure { SLICE } else { UNSURE_SLICE })));
         }
-        sleepers.host.store(AWAKE, Relaxed);
+        sleepers.host.swap(AWAKE, AcqRel);
     };
     if missed {
         spin.missed(position, progress.worker_cpu() == wait::cpu());
@@ -492,12 +493,12 @@ fn wait_request_slow(
     loop {
         let heard = bell.read();
         if lanes.direct.arm_request() && lanes.ring.arm_request() {
-            lanes.sleepers.worker.store(ASLEEP, Relaxed);
+            lanes.sleepers.worker.swap(ASLEEP, AcqRel);
             sure &= lanes.barrier.before_sleep();
             if !lanes.has(Lane::Stream) {
                 futex_wait(bell.futex(), heard, (!sure).then_some(UNSURE_SLICE));
             }
-            lanes.sleepers.worker.store(AWAKE, Relaxed);
+            lanes.sleepers.worker.swap(AWAKE, AcqRel);
         }
         if let Some(which) = lanes.found(last) {
             lanes.direct.disarm_request();

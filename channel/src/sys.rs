@@ -190,6 +190,58 @@ pub fn current_cpu() -> u32 {
     u32::try_from(unsafe { libc::sched_getcpu() }).unwrap_or(u32::MAX)
 }
 
+/// CPUs that can be named are below this: `NR_CPUS` of Linux at its largest.
+pub const CPUS_MAX: u32 = 8192;
+const CPU_WORDS: usize = CPUS_MAX as usize / 64;
+
+/// `sched_setaffinity`: the calling thread runs on `cpu` from now on, and so do threads and processes that it starts.
+///
+/// # Errors
+/// `EINVAL` if the machine has no such CPU, or this process may not use it (`cpuset(7)`).
+pub fn pin_thread(cpu: u32) -> io::Result<()> {
+    let mut mask = [0u64; CPU_WORDS];
+    let word = mask.get_mut(cpu as usize / 64).ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
+    *word = 1 << (cpu % 64);
+    // SAFETY: thread 0 is the calling one; the mask is live and as long as said. A cpu_set_t is such an array of words (CPU_ALLOC(3)), and the call takes any length of it.
+    let done = unsafe { libc::sched_setaffinity(0, size_of_val(&mask), (&raw const mask).cast()) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `sched_getaffinity`: the CPU that the calling thread is pinned to; `None` if it may run on several.
+pub fn pinned_cpu() -> Option<u32> {
+    let mut mask = [0u64; CPU_WORDS];
+    // SAFETY: as for `pin_thread`; the call writes at most the length that it is given.
+    let done = unsafe { libc::sched_getaffinity(0, size_of_val(&mask), (&raw mut mask).cast()) };
+    let mut set = (0u32..).zip(mask).filter(|(_, word)| *word != 0);
+    match (done, set.next(), set.next()) {
+        (0, Some((at, word)), None) if word.is_power_of_two() => Some(at * 64 + word.trailing_zeros()),
+        _ => None,
+    }
+}
+
+/// `sched_setscheduler(SCHED_FIFO | SCHED_RESET_ON_FORK)`: the calling thread runs before all ordinary ones, until it sleeps. Threads and processes that it starts are ordinary again.
+///
+/// # Errors
+/// `EPERM` without `CAP_SYS_NICE` where `RLIMIT_RTPRIO` is below the priority, or in a control group without real-time time; `EINVAL` if the priority is not 1 to 99.
+pub fn set_real_time(priority: u8) -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: priority.into() };
+    let policy = libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: thread 0 is the calling one; the parameters are live.
+    let done = unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `sched_getscheduler`, `sched_getparam`: the calling thread's priority under `SCHED_FIFO`; `None` under any other policy.
+pub fn real_time_priority() -> Option<u8> {
+    // SAFETY: takes a number; thread 0 is the calling one.
+    let policy = unsafe { libc::sched_getscheduler(0) };
+    let mut parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: thread 0 is the calling one; the call writes the live parameters.
+    let done = unsafe { libc::sched_getparam(0, &raw mut parameters) };
+    let fifo = policy >= 0 && policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_FIFO;
+    (fifo && done == 0).then(|| u8::try_from(parameters.sched_priority).ok())?
+}
+
 /// `membarrier(PRIVATE_EXPEDITED)`: every thread of this process that runs now passes a full memory barrier before this returns; one that does
 /// not run has passed one when it was put aside. False if the kernel (before Linux 4.14) or a filter does not let us.
 ///

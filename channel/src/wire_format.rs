@@ -3,8 +3,9 @@
 use crate::session::{Answer, FailureKind, Request};
 use crate::signature::{ARGS_MAX, Signature, Type};
 use crate::wait::Policy;
-use crate::{control, crash, layout, region, session, slot, stream};
+use crate::{control, crash, layout, placement, region, session, slot, stream};
 use control::{Hello, ToHost, ToWorker};
+use placement::{Failure, Placed, Wanted, Wish};
 use serde::{Deserialize, Serialize};
 
 /// A struct that lies in shared memory, as the code has it.
@@ -113,7 +114,7 @@ fn constants_are_as_documented() {
         };
     }
     let mut expected = constants! {
-        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET SLEEPERS_OFFSET DIRECT_OFFSET RING_OFFSET
+        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET SLEEPERS_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
         stream: RECORDS RECORD_WORDS AWAKE ASLEEP;
         slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED PARKED;
@@ -133,7 +134,7 @@ fn constants_are_as_documented() {
     for row in &documented {
         assert!(expected.iter().any(|(name, _)| *name == row[0]), "{} is in no code", row[0]);
     }
-    assert_eq!(session::FIXED_MAX, session::CLOSE);
+    assert_eq!(session::FIXED_MAX, session::STREAM_END);
     assert_eq!(
         document().lines().next(),
         Some(&*format!("# Wire format, version {}", layout::PROTOCOL_VERSION))
@@ -153,10 +154,12 @@ fn the_parts_of_a_region_lie_as_documented() {
     assert_eq!(part("SessionHeader"), (0, "128".into()));
     assert_eq!(part("Progress"), (layout::PROGRESS_OFFSET, "128".into()));
     assert_eq!(part("Doorbell"), (layout::DOORBELL_OFFSET, "128".into()));
+    assert_eq!(part("Sleepers"), (layout::SLEEPERS_OFFSET, "128".into()));
     assert_eq!(part("the direct"), (layout::DIRECT_OFFSET, "128".into()));
     assert_eq!(part("the ring"), (layout::RING_OFFSET, "128 × slots".into()));
-    let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES };
-    assert_eq!(geometry.arena_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
+    let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES, huge_pages: false };
+    assert_eq!(geometry.stream_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
+    assert_eq!(geometry.arena_offset(), geometry.stream_offset() + 32768);
 }
 
 #[test]
@@ -194,16 +197,25 @@ fn same<M: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug>(ro
 #[test]
 fn messages_are_encoded_as_documented() {
     let rows = rows(&["message", "variant", "fields", "example"]);
-    assert_eq!(rows.len(), 8);
+    assert_eq!(rows.len(), 10);
     for row in &rows {
         match &*row[0] {
             "ToWorker::Open" => {
                 let (session, slots, arena_bytes, stack_bytes) = (7, 256, 1 << 20, 8 << 20);
                 let policy = Policy::Adaptive;
-                same(row, &ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes });
+                let placement = Wanted { cpu: Some(3), prefault_bytes: 1 << 20, ..Wanted::default() };
+                same(row, &ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, placement });
             }
             "ToHost::Opened" => same(row, &ToHost::Opened { session: 7, arena_address: 0x5000 }),
             "ToHost::Refused" => same(row, &ToHost::Refused { session: 7, reason: "no".into() }),
+            "ToHost::Placed" => {
+                let placed = Placed { cpu: Some(3), ..Placed::default() };
+                same(row, &ToHost::Placed { session: 7, arena_address: 0x5000, placed });
+            }
+            "ToHost::Unplaced" => {
+                let failure = Failure { wish: Wish::RealTime, errno: libc::EPERM };
+                same(row, &ToHost::Unplaced { session: 7, failure });
+            }
             "Request::Load" => same(row, &Request::Load { name: b"libm".into(), now: true, global: false }),
             "Request::Resolve" => {
                 let signature = Signature::new([Type::F64, Type::F64], Type::F64);
@@ -236,5 +248,6 @@ fn codes<T: for<'a> Deserialize<'a>>(table: &str, name: impl Fn(&T) -> String) {
 fn codes_are_as_documented() {
     codes::<Type>("type", |t| t.name().to_owned());
     codes::<Policy>("policy", |p| format!("{p:?}"));
+    codes::<Wish>("wish", |w| format!("{w:?}"));
     codes::<FailureKind>("failure kind", |k| format!("{k:?}"));
 }

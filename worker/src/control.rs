@@ -4,6 +4,7 @@ use crate::serve;
 use hotcell_channel::control::{self, Hello, ToHost, ToWorker};
 use hotcell_channel::crash::CrashPage;
 use hotcell_channel::layout::Geometry;
+use hotcell_channel::placement::{self, Wanted};
 use hotcell_channel::region::{CrashRegion, Region};
 use hotcell_channel::{socket, sys};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -103,9 +104,10 @@ pub(crate) fn serve(socket: &OwnedFd) -> ! {
             Err(error) => give_up(EXIT_PROTOCOL, &error),
         };
         match control::decode::<ToWorker>(&packet.bytes) {
-            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes }) => {
-                let geometry = Geometry { slots, arena_bytes };
-                if let Err(reason) = open(socket, packet.fd, session, geometry, policy, stack_bytes) {
+            Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, placement }) => {
+                let geometry = Geometry { slots, arena_bytes, huge_pages: placement.huge_pages };
+                let opened = open(socket, packet.fd, session, geometry, policy, stack_bytes, placement);
+                if let Err(reason) = opened {
                     let refused = ToHost::Refused { session, reason };
                     if socket::send(socket.as_fd(), &control::encode(&refused), None).is_err() {
                         sys::exit_now(EXIT_HOST_GONE);
@@ -124,6 +126,7 @@ fn open(
     geometry: Geometry,
     policy: hotcell_channel::wait::Policy,
     stack_bytes: u64,
+    placement: Wanted,
 ) -> Result<(), String> {
     let fd = fd.ok_or("no region came with the request")?;
     let region = Region::open(fd.as_fd(), geometry, session).map_err(|e| e.to_string())?;
@@ -133,7 +136,16 @@ fn open(
         .stack_size(usize::try_from(stack_bytes).unwrap_or(usize::MAX))
         .spawn(move || {
             let region = Arc::new(region);
-            let opened = ToHost::Opened { session, arena_address: region.arena_address() };
+            let arena_address = region.arena_address();
+            let opened = match placement::place(&region, &placement) {
+                Ok(placed) if placement.is_any() => ToHost::Placed { session, arena_address, placed },
+                Ok(_) => ToHost::Opened { session, arena_address },
+                Err(failure) => {
+                    let unplaced = ToHost::Unplaced { session, failure };
+                    let _ = socket::send(answers.as_fd(), &control::encode(&unplaced), None);
+                    return;
+                }
+            };
             serve::serve(session, &region, policy, || {
                 let _ = socket::send(answers.as_fd(), &control::encode(&opened), None);
                 drop(answers);

@@ -4,6 +4,7 @@ use crate::Lie;
 use crate::peer::Peer;
 use crate::process::{self, sleep_for_ever};
 use hotcell_channel::control::{self, FRAME_BYTES_MAX, Hello, ToHost};
+use hotcell_channel::placement::{Failure, Placed, Wish};
 use nix::sys::socket::{ControlMessage, MsgFlags, Shutdown, sendmsg, shutdown};
 use std::io::IoSlice;
 use std::os::fd::AsRawFd;
@@ -80,6 +81,20 @@ fn after_hello(peer: &Peer, lie: &Lie) {
             let session = peer.next_open();
             peer.opened(&session);
             peer.say(&ToHost::Refused { session: session.id, reason: String::new() });
+            session.be_honest();
+        }
+        "refuses-a-placement" => {
+            let session = peer.next_open().id;
+            let errno = i32::try_from(lie.number).unwrap_or(i32::MIN);
+            let failure = Failure { wish: Wish::RealTime, errno };
+            peer.say(&ToHost::Unplaced { session, failure });
+        }
+        "places-at-will" => {
+            let session = peer.next_open();
+            let mut placed = Placed { cpu: Some(u32::MAX), real_time: Some(0), ..Placed::default() };
+            placed.backing.locked_bytes = u64::MAX;
+            let arena_address = session.arena_address;
+            peer.say(&ToHost::Placed { session: session.id, arena_address, placed });
             session.be_honest();
         }
         "refuses-with-control-characters" => loop {

@@ -62,11 +62,12 @@ impl Peer {
     pub(crate) fn next_open(&self) -> Session {
         loop {
             let (bytes, fd) = self.receive();
-            let Ok(ToWorker::Open { session, slots, arena_bytes, .. }) = control::decode(&bytes) else {
+            let Ok(ToWorker::Open { session, slots, arena_bytes, placement, .. }) = control::decode(&bytes)
+            else {
                 continue;
             };
             let Some(fd) = fd else { continue };
-            let geometry = Geometry { slots, arena_bytes };
+            let geometry = Geometry { slots, arena_bytes, huge_pages: placement.huge_pages };
             let Ok(region) = Region::open(fd.as_fd(), geometry, session) else { process::die(3) };
             // Threads of the liar use it until the process ends.
             let region: &'static Region = Box::leak(Box::new(region));
@@ -134,7 +135,7 @@ impl Session {
         }
     }
 
-    fn look(&mut self) -> Option<Seen> {
+    pub(crate) fn look(&mut self) -> Option<Seen> {
         let direct = self.region.direct();
         if direct.has_request() {
             self.taken.0 += 1;

@@ -1,113 +1,81 @@
 //! hotcell beside its floors and its peers, measured in one run.
 //!
-//! Every row computes `add(a, b)` on the other side of its mechanism, and the caller checks every result. The rows take
+//! Every row makes calls to the other side of its mechanism, and checks every result. The rows of a section take
 //! turns, round after round, so that whatever drifts in the machine hits them alike. See `measure.rs` for how a
-//! turn is timed, `roster.rs` for their order, `process.rs` for how the other process comes and goes, and `hotcell_rows.rs` for our own rows.
+//! turn is timed, `roster.rs` for their order, `process.rs` for how the other process comes and goes, `cell.rs` for our own rows and
+//! `floor.rs` for what they are held against.
 //!
 //! ```text
-//! cargo bench --bench compare                          the table
-//! cargo bench --bench compare -- --json                one JSON object a row
-//! cargo bench --bench compare -- --only floor,hotcell  some of the rows
+//! cargo bench --bench compare                     every section
+//! cargo bench --bench compare -- calls gaps       some of them
+//! cargo bench --bench compare -- --help
 //! ```
 
-mod clock;
-mod cpus;
-mod floor;
-mod hotcell_rows;
 mod in_process;
-mod measure;
-mod memory;
-mod options;
-mod peers;
-mod process;
-mod report;
-mod roster;
-mod watchdog;
+mod sections;
 
-use std::error::Error;
 use std::process::ExitCode;
 
-use clock::Clock;
-use cpus::Cpus;
-use options::{Command, Options};
-use report::Report;
-use roster::Roster;
-use watchdog::Watchdog;
+use hotcell_compare::Result;
+use hotcell_compare::clock::Clock;
+use hotcell_compare::command_line::{Accepted, Options, Usage};
+use hotcell_compare::cpus::{self, Cpus};
+use hotcell_compare::measure::{SPAN, TEST_SPAN};
+use hotcell_compare::report::{self, NEAR_NANOSECONDS};
+use hotcell_compare::roster::Roster;
+use hotcell_compare::verdict;
+use sections::SECTIONS;
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-/// What every row computes.
-fn add(a: i32, b: i32) -> i32 {
-    a.wrapping_add(b)
-}
+const USAGE: Usage = Usage {
+    bench: "compare",
+    sections: &[
+        ("calls", "numbers, awake and asleep, beside a bare record and a bare futex"),
+        ("buffers", "bytes in and out, beside memcpy and a bare record"),
+        ("gaps", "calls after a pause, beside a bare futex after the same pause"),
+        ("peers", "other ways to reach another process"),
+    ],
+    options: &[Accepted {
+        name: "--only",
+        value: Some("TEXT"),
+        help: "only rows whose name contains it; may be repeated",
+    }],
+};
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let Some(role) = process::role(&arguments) {
-        return process::run_as_peer(role, &arguments, serve);
-    }
-    match options::parse(&arguments) {
-        Ok(Command::Help) => {
-            print!("{}", options::HELP);
-            ExitCode::SUCCESS
-        }
-        Ok(Command::Run(options)) => compare(&options).unwrap_or_else(|error| {
-            eprintln!("compare: {error}");
-            ExitCode::FAILURE
-        }),
-        Err(message) => {
-            eprintln!("compare: {message}\n\n{}", options::HELP);
-            ExitCode::from(2)
-        }
-    }
-}
-
-/// The peer's half of a row, in a process of its own.
-fn serve(role: &str, caller: process::Caller) -> Result<()> {
-    match role {
-        floor::RECORD => floor::serve_record(caller),
-        floor::FUTEX => floor::serve_futex(caller),
-        peers::bytes::ROLE => peers::bytes::serve(caller),
-        peers::pthread_event::NAME => peers::pthread_event::serve(caller),
-        peers::iceoryx::NAME => peers::iceoryx::serve(caller),
-        peers::servo_ipc::NAME => peers::servo_ipc::serve(caller),
-        unknown => Err(format!("no such role: {unknown}").into()),
-    }
+    hotcell_compare::main(&USAGE, compare)
 }
 
 fn compare(options: &Options) -> Result<ExitCode> {
     let cpus = Cpus::choose()?;
-    let mut roster = Roster::new(cpus, options.only.clone());
-    floor::enlist(&mut roster);
-    hotcell_rows::enlist(&mut roster);
-    in_process::enlist(&mut roster);
-    peers::enlist(&mut roster);
-    if roster.is_empty() {
-        return Err("no row has such a name".into());
-    }
-
-    // Only now: a process started by a pinned thread would inherit its one CPU.
-    cpus::pin_thread(cpus.host)?;
     let clock = Clock::calibrate();
-    let report = measure_all(&mut roster, &clock, options);
-    drop(roster); // ends the peers, before anything is printed
+    let span = if options.test { TEST_SPAN } else { SPAN };
+    let peer_cpu = cpus.peer.map_or("the same CPU".into(), |cpu| format!("CPU {cpu}"));
+    println!(
+        "# hotcell beside its floors and its peers\n\n\
+         The caller runs on CPU {}, the other side on {peer_cpu}. All results are checked. Times are of one call.\n\
+         Mean: blocks of calls between two clock readings, the average of the middle half of all blocks. Percentiles and maximum: single calls by {}, in steps of {:.1} ns, \
+         less its own cost of {:.1} ns; a fast row's may lie above its mean, whose calls no clock keeps apart.\n\
+         Near or far: whether the bare record comes back within {NEAR_NANOSECONDS} ns, measured in every round before and after the rows that keep both CPUs awake.\n\
+         A row that sleeps wakes an idle CPU each way; `taskset -c 0` puts both sides on one, which spinning rows refuse.\n",
+        cpus.host,
+        clock.name(),
+        clock.step_nanoseconds(),
+        clock.overhead_nanoseconds(),
+    );
 
-    report.print(options, cpus, &clock);
-    Ok(if options.test && report.has_failures() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-/// All rounds of all rows.
-fn measure_all(roster: &mut Roster, clock: &Clock, options: &Options) -> Report {
-    let mut report = Report::new(roster.names());
-    let mut ticks = Vec::with_capacity(measure::MOST_CALLS);
-    let watchdog = Watchdog::start();
-    for round in 0..options.rounds {
-        for name in roster.turns(round) {
-            watchdog.turn(name);
-            let mean = roster.row(name).turn(clock, options.span, &mut ticks);
-            report.record(name, mean, ticks.iter().map(|&ticks| clock.nanoseconds(ticks)));
-        }
-        report.end_round();
+    let (mut verdicts, mut failed) = (Vec::new(), false);
+    for section in SECTIONS.iter().filter(|section| options.wants(section.name)) {
+        // A process started by a pinned thread would inherit its one CPU.
+        cpus.release_thread()?;
+        let mut roster = Roster::new(options.values("--only"), &cpus);
+        (section.enlist)(&mut roster, &cpus)?;
+        cpus::pin_thread(cpus.host)?;
+        let report = report::measure(section.name, &mut roster, &clock, options.rounds(section.rounds), span);
+        drop(roster); // ends the peers, before anything is printed
+        report.print();
+        verdicts.extend((section.verdicts)(&report));
+        failed |= report.has_failures();
     }
-    report
+    verdict::print(&verdicts);
+    Ok(if options.test && failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }

@@ -23,6 +23,15 @@ impl Cpus {
         Ok(Self { host, peer: allowed.next() })
     }
 
+    /// Lets the calling thread use all CPUs of this process again.
+    pub fn release_thread(&self) -> Result<()> {
+        let mut set = only(self.host)?;
+        if let Some(peer) = self.peer {
+            set.set(peer)?;
+        }
+        Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+    }
+
     /// For rows in which both sides spin: on one CPU each call would take a turn of the scheduler.
     pub fn require_two(&self) -> Result<()> {
         self.peer.map(|_| ()).ok_or_else(|| "needs two CPUs: both of its sides spin".into())

@@ -6,11 +6,11 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
-/// No single turn of a row takes longer, unless its peer is lost.
+/// No single turn takes longer, unless its peer is lost.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// Watches until it is dropped.
-pub struct Watchdog(Sender<&'static str>);
+pub struct Watchdog(Sender<String>);
 
 impl Watchdog {
     pub fn start() -> Self {
@@ -19,20 +19,20 @@ impl Watchdog {
         Self(sender)
     }
 
-    /// The turn of the row named so begins, and the one before it is over.
-    pub fn turn(&self, row: &'static str) {
+    /// The turn named so begins, and the one before it is over.
+    pub fn turn(&self, row: &str) {
         // The other end exits the process rather than go away.
-        let _ = self.0.send(row);
+        let _ = self.0.send(row.to_owned());
     }
 }
 
-fn watch(turns: &Receiver<&'static str>) {
-    let mut row = "the first row";
+fn watch(turns: &Receiver<String>) {
+    let mut row = String::from("the first row");
     loop {
         match turns.recv_timeout(LIMIT) {
             Ok(next) => row = next,
             Err(RecvTimeoutError::Timeout) => {
-                eprintln!("compare: {row} made no progress for {LIMIT:?}");
+                eprintln!("{row} made no progress for {LIMIT:?}");
                 exit(1);
             }
             Err(RecvTimeoutError::Disconnected) => return,

@@ -65,6 +65,10 @@ impl Peer {
         Ok(peer)
     }
 
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Opens the gate of a peer that is in it, or will be.
     pub fn wake(&mut self) {
         self.control.write_all(&[1]).expect("the peer lives, and reads its gate");
@@ -93,7 +97,7 @@ impl Drop for Peer {
             }
             thread::sleep(Duration::from_millis(1));
         }
-        eprintln!("compare: peer {} did not end by itself and is killed", self.child.id());
+        eprintln!("peer {} did not end by itself and is killed", self.child.id());
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

@@ -14,15 +14,11 @@ use iceoryx2::testing::remove_global_mgmt_segment;
 
 use crate::Result;
 use crate::cpus::Cpus;
+use crate::floor::{check, operands};
 use crate::measure::Row;
 use crate::process::{Caller, Peer};
-use crate::roster::Roster;
 
 pub const NAME: &str = "peer/iceoryx2";
-
-pub fn enlist(roster: &mut Roster) {
-    roster.add(NAME, IceoryxRow::open);
-}
 
 /// Both request and response.
 #[derive(Clone, Copy, Debug, ZeroCopySend)]
@@ -40,7 +36,7 @@ const ADD: u64 = 0;
 const LEAVE: u64 = 1;
 
 /// Dropped in this order: the client, the server with its process, our node, and what is left of the domain.
-struct IceoryxRow {
+pub struct IceoryxRow {
     client: Client<ipc::Service, Message, (), Message, ()>,
     peer: Peer,
     _service: Pattern<ipc::Service, Message, (), Message, ()>,
@@ -49,7 +45,7 @@ struct IceoryxRow {
 }
 
 impl IceoryxRow {
-    fn open(cpus: &Cpus) -> Result<Self> {
+    pub fn open(cpus: &Cpus) -> Result<Self> {
         cpus.require_two()?;
         remove_abandoned_domains();
         let domain = OwnDomain(Domain::of_process(std::process::id()));
@@ -80,9 +76,10 @@ impl IceoryxRow {
 
 impl Row for IceoryxRow {
     #[inline(always)]
-    fn call(&mut self, a: i32, b: i32) -> i32 {
+    fn step(&mut self, number: u64) {
+        let (a, b) = operands(number);
         let response = self.exchange(Message { what: ADD, words: [a as u64, b as u64, 0, 0, 0, 0, 0] });
-        response.words[0] as i32
+        check(response.words[0] as i32, (a, b));
     }
 
     fn wake(&mut self) {
@@ -161,7 +158,7 @@ impl OwnDomain {
 impl Drop for OwnDomain {
     fn drop(&mut self) {
         if let Err(error) = self.remove() {
-            eprintln!("compare: {} is not quite removed: {error}", self.0.root.display());
+            eprintln!("iceoryx2: {} is not quite removed: {error}", self.0.root.display());
         }
     }
 }

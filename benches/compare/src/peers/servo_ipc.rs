@@ -5,15 +5,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::cpus::Cpus;
+use crate::floor::{check, operands};
 use crate::measure::Row;
 use crate::process::{Caller, Peer};
-use crate::roster::Roster;
 
 pub const NAME: &str = "peer/ipc_channel";
-
-pub fn enlist(roster: &mut Roster) {
-    roster.add(NAME, ChannelRow::open);
-}
 
 #[derive(Serialize, Deserialize)]
 struct Request {
@@ -31,14 +27,14 @@ struct Reply {
 type Ends = (IpcSender<Request>, IpcReceiver<Reply>);
 
 /// Dropped in this order: the peer ends when its requests do.
-struct ChannelRow {
+pub struct ChannelRow {
     requests: IpcSender<Request>,
     replies: IpcReceiver<Reply>,
     _peer: Peer,
 }
 
 impl ChannelRow {
-    fn open(cpus: &Cpus) -> Result<Self> {
+    pub fn open(cpus: &Cpus) -> Result<Self> {
         let (server, name) = IpcOneShotServer::<Ends>::new()?;
         let peer = Peer::start(cpus, NAME, &[&name], &[])?;
         let (_, (requests, replies)) = server.accept()?;
@@ -50,9 +46,10 @@ impl Row for ChannelRow {
     const IDLES: bool = true;
 
     #[inline(always)]
-    fn call(&mut self, a: i32, b: i32) -> i32 {
+    fn step(&mut self, number: u64) {
+        let (a, b) = operands(number);
         self.requests.send(Request { function: 0, a, b }).expect("the peer receives");
-        self.replies.recv().expect("the peer answers").result
+        check(self.replies.recv().expect("the peer answers").result, (a, b));
     }
 }
 
