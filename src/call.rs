@@ -6,10 +6,11 @@
 
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
-use crate::session::{Block, Detached, Frame, Need, RemotePtr, SessionInner, SessionOwner};
+use crate::session::{Block, Detached, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target};
 use bytemuck::{NoUninit, Pod};
 use hotcell_channel::session::{STRING_LONGER, STRING_LOST, STRING_NULL};
 use hotcell_channel::signature::{Class, Signature, Type};
+use hotcell_channel::slot::Slot;
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -78,15 +79,27 @@ pub trait Param: Sealed {
     type Value<'a>;
     #[doc(hidden)]
     const TYPE: Type;
+    /// Whether a value is its word, without any payload.
+    #[doc(hidden)]
+    const IS_WORD: bool = false;
+    /// The word, if [`Param::IS_WORD`]. `None` for a pointer of another session.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn word(_value: &Self::Value<'_>, _session: &SessionInner) -> Option<u64> {
+        None
+    }
     #[doc(hidden)]
     #[inline(always)]
     fn need(_value: &Self::Value<'_>, _need: &mut Need) {}
     #[doc(hidden)]
+    #[inline(always)]
     fn encode(
         value: &mut Self::Value<'_>,
         frame: &mut Frame<'_>,
         name: &FunctionName,
-    ) -> Result<u64, CallError>;
+    ) -> Result<u64, CallError> {
+        Self::word(value, frame.session()).ok_or_else(|| CallError::ForeignPointer { function: name.clone() })
+    }
     #[doc(hidden)]
     #[inline(always)]
     fn finish(_value: Self::Value<'_>, _word: u64, _frame: &Frame<'_>) {}
@@ -103,8 +116,20 @@ pub trait Returned: Sealed {
     const ERRNO: bool = false;
     #[doc(hidden)]
     const STRING: bool = false;
+    /// Whether the reply's first word is all there is to it.
     #[doc(hidden)]
-    fn decode(frame: &Frame<'_>, string: u64, name: &FunctionName) -> Result<Self::Output, CallError>;
+    const FROM_WORD: bool = false;
+    /// The result that a word stands for. Only if [`Returned::FROM_WORD`].
+    #[doc(hidden)]
+    #[inline(always)]
+    fn from_word(_word: u64, _session: &SessionInner) -> Self::Output {
+        unreachable!("FROM_WORD says which types have it")
+    }
+    #[doc(hidden)]
+    #[inline(always)]
+    fn decode(frame: &Frame<'_>, _string: u64, _name: &FunctionName) -> Result<Self::Output, CallError> {
+        Ok(Self::from_word(frame.reply(0), frame.session()))
+    }
 }
 
 /// Room for a returned string that is copied in the call itself; a longer one takes a second round.
@@ -116,19 +141,21 @@ macro_rules! integers {
         impl Param for $t {
             type Value<'a> = $t;
             const TYPE: Type = Type::$kind;
+            const IS_WORD: bool = true;
             #[inline(always)]
-            fn encode(value: &mut $t, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
+            fn word(value: &$t, _: &SessionInner) -> Option<u64> {
                 // Extended by its sign, as the ABI wants it in a register.
-                Ok(i64::from(*value).cast_unsigned())
+                Some(i64::from(*value).cast_unsigned())
             }
         }
         impl Returned for $t {
             type Output = $t;
             const TYPE: Type = Type::$kind;
+            const FROM_WORD: bool = true;
             #[inline(always)]
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<$t, CallError> {
-                Ok(frame.reply(0) as $t) // the bits above the type are unspecified
+            fn from_word(word: u64, _: &SessionInner) -> $t {
+                word as $t // the bits above the type are unspecified
             }
         }
     )+};
@@ -141,18 +168,20 @@ macro_rules! unsigned {
         impl Param for $t {
             type Value<'a> = $t;
             const TYPE: Type = Type::$kind;
+            const IS_WORD: bool = true;
             #[inline(always)]
-            fn encode(value: &mut $t, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
-                Ok(*value as u64)
+            fn word(value: &$t, _: &SessionInner) -> Option<u64> {
+                Some(*value as u64)
             }
         }
         impl Returned for $t {
             type Output = $t;
             const TYPE: Type = Type::$kind;
+            const FROM_WORD: bool = true;
             #[inline(always)]
             #[allow(clippy::cast_possible_truncation)]
-            fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<$t, CallError> {
-                Ok(frame.reply(0) as $t) // the bits above the type are unspecified
+            fn from_word(word: u64, _: &SessionInner) -> $t {
+                word as $t // the bits above the type are unspecified
             }
         }
     )+};
@@ -163,18 +192,20 @@ impl Sealed for isize {}
 impl Param for isize {
     type Value<'a> = isize;
     const TYPE: Type = Type::I64;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut isize, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
-        Ok((*value as i64).cast_unsigned())
+    fn word(value: &isize, _: &SessionInner) -> Option<u64> {
+        Some((*value as i64).cast_unsigned())
     }
 }
 impl Returned for isize {
     type Output = isize;
     const TYPE: Type = Type::I64;
+    const FROM_WORD: bool = true;
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)]
-    fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<isize, CallError> {
-        Ok(frame.reply(0).cast_signed() as isize)
+    fn from_word(word: u64, _: &SessionInner) -> isize {
+        word.cast_signed() as isize
     }
 }
 
@@ -182,17 +213,19 @@ impl Sealed for bool {}
 impl Param for bool {
     type Value<'a> = bool;
     const TYPE: Type = Type::Bool;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut bool, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
-        Ok(u64::from(*value))
+    fn word(value: &bool, _: &SessionInner) -> Option<u64> {
+        Some(u64::from(*value))
     }
 }
 impl Returned for bool {
     type Output = bool;
     const TYPE: Type = Type::Bool;
+    const FROM_WORD: bool = true;
     #[inline(always)]
-    fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<bool, CallError> {
-        Ok(frame.reply(0) & 0xff != 0)
+    fn from_word(word: u64, _: &SessionInner) -> bool {
+        word & 0xff != 0
     }
 }
 
@@ -200,18 +233,20 @@ impl Sealed for f32 {}
 impl Param for f32 {
     type Value<'a> = f32;
     const TYPE: Type = Type::F32;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut f32, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
-        Ok(u64::from(value.to_bits()))
+    fn word(value: &f32, _: &SessionInner) -> Option<u64> {
+        Some(u64::from(value.to_bits()))
     }
 }
 impl Returned for f32 {
     type Output = f32;
     const TYPE: Type = Type::F32;
+    const FROM_WORD: bool = true;
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)]
-    fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<f32, CallError> {
-        Ok(f32::from_bits(frame.reply(0) as u32))
+    fn from_word(word: u64, _: &SessionInner) -> f32 {
+        f32::from_bits(word as u32)
     }
 }
 
@@ -219,17 +254,19 @@ impl Sealed for f64 {}
 impl Param for f64 {
     type Value<'a> = f64;
     const TYPE: Type = Type::F64;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut f64, _: &mut Frame<'_>, _: &FunctionName) -> Result<u64, CallError> {
-        Ok(value.to_bits())
+    fn word(value: &f64, _: &SessionInner) -> Option<u64> {
+        Some(value.to_bits())
     }
 }
 impl Returned for f64 {
     type Output = f64;
     const TYPE: Type = Type::F64;
+    const FROM_WORD: bool = true;
     #[inline(always)]
-    fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<f64, CallError> {
-        Ok(f64::from_bits(frame.reply(0)))
+    fn from_word(word: u64, _: &SessionInner) -> f64 {
+        f64::from_bits(word)
     }
 }
 
@@ -237,17 +274,19 @@ impl Sealed for RemotePtr {}
 impl Param for RemotePtr {
     type Value<'a> = RemotePtr;
     const TYPE: Type = Type::Ptr;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut RemotePtr, frame: &mut Frame<'_>, name: &FunctionName) -> Result<u64, CallError> {
-        frame.session().address_of(*value, || name.clone())
+    fn word(value: &RemotePtr, session: &SessionInner) -> Option<u64> {
+        session.address_here(*value)
     }
 }
 impl Returned for RemotePtr {
     type Output = RemotePtr;
     const TYPE: Type = Type::Ptr;
+    const FROM_WORD: bool = true;
     #[inline(always)]
-    fn decode(frame: &Frame<'_>, _: u64, _: &FunctionName) -> Result<RemotePtr, CallError> {
-        Ok(frame.session().pointer(frame.reply(0)))
+    fn from_word(word: u64, session: &SessionInner) -> RemotePtr {
+        session.pointer(word)
     }
 }
 
@@ -255,13 +294,10 @@ impl Sealed for Block {}
 impl Param for Block {
     type Value<'a> = &'a Block;
     const TYPE: Type = Type::Ptr;
+    const IS_WORD: bool = true;
     #[inline(always)]
-    fn encode(value: &mut &Block, frame: &mut Frame<'_>, name: &FunctionName) -> Result<u64, CallError> {
-        if value.session_id() == frame.session().id() {
-            Ok(value.pointer().address())
-        } else {
-            Err(CallError::ForeignPointer { function: name.clone() })
-        }
+    fn word(value: &&Block, session: &SessionInner) -> Option<u64> {
+        (value.session_id() == session.id()).then(|| value.pointer().address())
     }
 }
 
@@ -449,6 +485,11 @@ impl<P: PointerParam> Sealed for Option<P> {}
 impl<P: PointerParam> Param for Option<P> {
     type Value<'a> = Option<P::Value<'a>>;
     const TYPE: Type = P::TYPE;
+    const IS_WORD: bool = P::IS_WORD;
+    #[inline(always)]
+    fn word(value: &Self::Value<'_>, session: &SessionInner) -> Option<u64> {
+        value.as_ref().map_or(Some(0), |value| P::word(value, session))
+    }
     #[inline(always)]
     fn need(value: &Self::Value<'_>, need: &mut Need) {
         if let Some(value) = value {
@@ -475,10 +516,9 @@ impl Sealed for () {}
 impl Returned for () {
     type Output = ();
     const TYPE: Type = Type::Void;
+    const FROM_WORD: bool = true;
     #[inline(always)]
-    fn decode(_: &Frame<'_>, _: u64, _: &FunctionName) -> Result<(), CallError> {
-        Ok(())
-    }
+    fn from_word(_: u64, _: &SessionInner) {}
 }
 
 /// The string that a call returned; `None` for a null pointer.
@@ -560,6 +600,17 @@ pub trait FunctionType: Sealed {
     fn signature() -> Signature;
     #[doc(hidden)]
     type Words: Copy + std::fmt::Debug;
+    /// Whether all arguments and the result are plain words.
+    #[doc(hidden)]
+    const IS_WORDS: bool;
+    /// The arguments as words, in the order of the slot. `None` for a pointer of another session.
+    #[doc(hidden)]
+    fn words(values: &Self::Values<'_>, session: &SessionInner) -> Option<Self::Words>;
+    /// Stores words that [`FunctionType::words`] gave.
+    #[doc(hidden)]
+    fn store(words: &Self::Words, slot: &Slot);
+    #[doc(hidden)]
+    fn from_word(word: u64, session: &SessionInner) -> Self::Output;
     #[doc(hidden)]
     fn encode(
         values: &mut Self::Values<'_>,
@@ -604,10 +655,7 @@ pub(crate) const fn word_index(types: &[Type], at: usize) -> usize {
 #[derive(Debug)]
 pub struct Function<F: FunctionType> {
     pub(crate) session: Arc<SessionInner>,
-    pub(crate) index: u32,
-    pub(crate) label: u32,
-    pub(crate) timeout: Duration,
-    pub(crate) name: Arc<FunctionName>,
+    pub(crate) target: Target,
     _owner: Arc<SessionOwner>,
     _type: PhantomData<F>,
 }
@@ -616,10 +664,7 @@ impl<F: FunctionType> Clone for Function<F> {
     fn clone(&self) -> Self {
         Self {
             session: Arc::clone(&self.session),
-            index: self.index,
-            label: self.label,
-            timeout: self.timeout,
-            name: Arc::clone(&self.name),
+            target: self.target.clone(),
             _owner: Arc::clone(&self._owner),
             _type: PhantomData,
         }
@@ -638,10 +683,7 @@ impl<F: FunctionType> Function<F> {
         let owner = module.owner();
         Ok(Self {
             session: Arc::clone(&owner.inner),
-            index: resolved.index,
-            label: resolved.label,
-            timeout: owner.inner.options.call_timeout(),
-            name: resolved.name,
+            target: Target::new(resolved, owner.inner.options.call_timeout()),
             _owner: Arc::clone(owner),
             _type: PhantomData,
         })
@@ -649,13 +691,15 @@ impl<F: FunctionType> Function<F> {
 
     /// The function's name and module.
     pub fn name(&self) -> &FunctionName {
-        &self.name
+        &self.target.name
     }
 
     /// The same function with another deadline. The handle can be kept.
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { timeout, ..self.clone() }
+        let mut function = self.clone();
+        function.target.timeout = timeout;
+        function
     }
 
     /// Calls the function with a tuple of values: what `call` does, for generic code.
@@ -664,24 +708,50 @@ impl<F: FunctionType> Function<F> {
     /// See [`CallError`].
     #[inline(always)]
     pub fn call_tuple(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
-        match self.session.claim_direct() {
-            Some(frame) => self.call_in(frame, values),
-            None => self.call_elsewhere(values),
+        if !F::IS_WORDS {
+            return match self.session.claim_direct() {
+                Some(frame) => self.call_in(frame, values),
+                None => self.call_elsewhere(values),
+            };
         }
+        if let Some(words) = F::words(&values, &self.session) {
+            match self.session.call_straight(&self.target, |slot| F::store(&words, slot)) {
+                Straight::Replied(word) => return Ok(F::from_word(word, &self.session)),
+                Straight::Failed(error) => return Err(*error),
+                Straight::Elsewhere => {}
+            }
+        }
+        self.call_elsewhere(values)
     }
 
     #[inline(never)]
     fn call_elsewhere(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let frame = self.session.claim(self.timeout, || FunctionName::clone(&self.name))?;
+        match self.session.latencies() {
+            None => self.call_claimed(values),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.call_in(frame, values),
+                    None => self.call_claimed(values),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn call_claimed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         self.call_in(frame, values)
     }
 
     #[inline(always)]
     fn call_in(&self, mut frame: Frame<'_>, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
-        frame.publish(self.index, self.label);
-        frame.wait(self.timeout, || FunctionName::clone(&self.name))?;
-        F::finish(values, words, string, &frame, &self.name)
+        let (words, string) = F::encode(&mut values, &mut frame, &self.target.name)?;
+        frame.publish(self.target.index, self.target.label);
+        frame.wait(self.target.timeout, || FunctionName::clone(&self.target.name))?;
+        F::finish(values, words, string, &frame, &self.target.name)
     }
 
     /// Hands the call to the worker and returns at once. If all slots are taken, waits for one, at most the function's timeout.
@@ -689,7 +759,7 @@ impl<F: FunctionType> Function<F> {
     /// # Errors
     /// [`CallError::Full`] if no slot became free in time, and whatever keeps a call from being sent.
     pub fn submit_tuple<'a>(&self, values: F::Values<'a>) -> Result<Ticket<'a, F>, CallError> {
-        self.submit_within(values, self.timeout)
+        self.submit_within(values, self.target.timeout)
     }
 
     /// Like [`Function::submit_tuple`], but answers [`CallError::Full`] at once if all slots are taken.
@@ -705,9 +775,9 @@ impl<F: FunctionType> Function<F> {
         mut values: F::Values<'a>,
         patience: Duration,
     ) -> Result<Ticket<'a, F>, CallError> {
-        let mut frame = self.session.claim_ring(patience, || FunctionName::clone(&self.name))?;
-        let (words, string) = F::encode(&mut values, &mut frame, &self.name)?;
-        frame.publish(self.index, self.label);
+        let mut frame = self.session.claim_ring(patience, || FunctionName::clone(&self.target.name))?;
+        let (words, string) = F::encode(&mut values, &mut frame, &self.target.name)?;
+        frame.publish(self.target.index, self.target.label);
         let detached = Some(frame.detach());
         Ok(Ticket { function: self.clone(), detached, values: Some(values), words, string })
     }
@@ -727,7 +797,7 @@ pub struct Ticket<'a, F: FunctionType> {
 
 impl<F: FunctionType> std::fmt::Debug for Ticket<'_, F> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ticket").field("function", &self.function.name).finish_non_exhaustive()
+        f.debug_struct("Ticket").field("function", &self.function.target.name).finish_non_exhaustive()
     }
 }
 
@@ -750,8 +820,8 @@ impl<F: FunctionType> Ticket<'_, F> {
             return Err(CallError::Forked);
         }
         let mut frame = detached.attach(&function.session);
-        frame.wait(function.timeout, || FunctionName::clone(&function.name))?;
-        F::finish(values, self.words, self.string, &frame, &function.name)
+        frame.wait(function.target.timeout, || FunctionName::clone(&function.target.name))?;
+        F::finish(values, self.words, self.string, &frame, &function.target.name)
     }
 }
 
@@ -772,6 +842,25 @@ macro_rules! arities {
             type Words = [u64; $count];
             const ERRNO: bool = R::ERRNO;
             const TYPES: &'static [Type] = &[$($P::TYPE),*];
+            const IS_WORDS: bool = R::FROM_WORD $(&& $P::IS_WORD)*;
+
+            #[inline(always)]
+            #[allow(unused_variables, unused_mut)]
+            fn words(values: &Self::Values<'_>, session: &SessionInner) -> Option<Self::Words> {
+                let mut words = [0; $count];
+                $(words[const { word_index(<Self as FunctionType>::TYPES, $i) }] = $P::word(&values.$i, session)?;)*
+                Some(words)
+            }
+
+            #[inline(always)]
+            fn store(words: &Self::Words, slot: &Slot) {
+                slot.set_words(words);
+            }
+
+            #[inline(always)]
+            fn from_word(word: u64, session: &SessionInner) -> R::Output {
+                R::from_word(word, session)
+            }
 
             fn signature() -> Signature {
                 Signature::new(vec![$($P::TYPE),*], R::TYPE)

@@ -1,6 +1,7 @@
 //! The crash report: what a dead worker's host knows, from the kernel first and from the crash page second.
 
 use crate::error::FunctionName;
+use crate::limits::Limited;
 use hotcell_channel::crash::CrashFacts;
 pub use hotcell_channel::crash::{Access, Frame};
 pub use hotcell_channel::sys::Usage;
@@ -38,6 +39,28 @@ pub enum Cause {
         /// Its timeout.
         after: Duration,
     },
+    /// It used more CPU time than it may: [`cpu_time_per_call`](crate::SessionBuilder::cpu_time_per_call), [`cpu_time_max`](crate::SessionBuilder::cpu_time_max) of the
+    /// session or [that of the worker](crate::WorkerBuilder::cpu_time_max).
+    CpuTimeExceeded {
+        /// What the limit holds for.
+        scope: Limited,
+        /// The limit.
+        max: Duration,
+    },
+    /// It asked for more memory than it may have: [`memory_bytes_max`](crate::WorkerBuilder::memory_bytes_max).
+    MemoryExceeded {
+        /// What the limit holds for.
+        scope: Limited,
+        /// The limit.
+        bytes_max: u64,
+        /// The signal by which it ended: what native code makes of memory that it does not get, or `SIGKILL` from the kernel.
+        signal: i32,
+    },
+    /// It wrote a file beyond [`file_bytes_max`](crate::WorkerBuilder::file_bytes_max).
+    FileSizeExceeded {
+        /// The limit.
+        bytes_max: u64,
+    },
     /// The host killed it because it was not ready in time.
     NeverReady {
         /// The start timeout.
@@ -52,6 +75,43 @@ pub enum Cause {
     },
     /// It ended, and its status could not be had: somebody else in the host's process collected it first, or a process that traces the worker keeps it.
     Unknown,
+}
+
+/// The exit code of a worker that used too much CPU time, where one is asked for: `timeout(1)`'s, and secure-exec's.
+const EXIT_CPU_TIME_EXCEEDED: i32 = 124;
+
+impl Cause {
+    /// A stable name for programs: see [`CallError::code`](crate::CallError::code).
+    pub fn code(&self) -> &'static str {
+        match self {
+            Cause::Exited { .. } | Cause::Signaled { .. } | Cause::Unknown => "ERR_WORKER_CRASH",
+            Cause::StackOverflow { .. } => "ERR_STACK_OVERFLOW",
+            Cause::DeadlineExceeded { .. } => "ERR_CALL_TIMEOUT",
+            Cause::CpuTimeExceeded { .. } => "ERR_CPU_TIME_EXCEEDED",
+            Cause::MemoryExceeded { .. } => "ERR_MEMORY_EXCEEDED",
+            Cause::FileSizeExceeded { .. } => "ERR_FILE_SIZE_EXCEEDED",
+            Cause::NeverReady { .. } => "ERR_START_TIMEOUT",
+            Cause::Disposed => "ERR_WORKER_DISPOSED",
+            Cause::ProtocolBreach { .. } => "ERR_PROTOCOL",
+        }
+    }
+
+    /// A short name of its kind, for counts: `SIGSEGV`, `exit`, `deadline`, …
+    pub(crate) fn kind(&self) -> String {
+        match self {
+            Cause::Exited { .. } => "exit".to_owned(),
+            Cause::Signaled { signal, .. } => signal_name(*signal),
+            Cause::StackOverflow { .. } => "stack overflow".to_owned(),
+            Cause::DeadlineExceeded { .. } => "deadline".to_owned(),
+            Cause::CpuTimeExceeded { .. } => "CPU time".to_owned(),
+            Cause::MemoryExceeded { .. } => "memory".to_owned(),
+            Cause::FileSizeExceeded { .. } => "file size".to_owned(),
+            Cause::NeverReady { .. } => "never ready".to_owned(),
+            Cause::Disposed => "disposed".to_owned(),
+            Cause::ProtocolBreach { .. } => "protocol breach".to_owned(),
+            Cause::Unknown => "unknown".to_owned(),
+        }
+    }
 }
 
 /// The name of a signal, such as `SIGSEGV`.
@@ -94,6 +154,17 @@ impl fmt::Display for Cause {
             Cause::DeadlineExceeded { function, after } => {
                 write!(f, "killed because {function} did not return within {after:?}")
             }
+            Cause::CpuTimeExceeded { scope, max } => {
+                write!(f, "ended because it used more than {max:?} of CPU time, the limit of its {scope}")
+            }
+            Cause::MemoryExceeded { scope, bytes_max, signal } => write!(
+                f,
+                "ended by {} because it asked for more memory than the {bytes_max} bytes of its {scope}",
+                signal_name(*signal)
+            ),
+            Cause::FileSizeExceeded { bytes_max } => {
+                write!(f, "ended because it wrote a file beyond its limit of {bytes_max} bytes")
+            }
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),
             Cause::ProtocolBreach { what } => write!(f, "killed because it broke the protocol: {what}"),
@@ -135,6 +206,7 @@ pub(crate) struct Death {
     /// Which of the sessions is the cause, if the facts tell.
     pub(crate) culprit: Option<u32>,
     pub(crate) stderr_tail: String,
+    pub(crate) stderr_dropped: u64,
 }
 
 impl Death {
@@ -173,10 +245,11 @@ impl CrashReport {
         &self.death.cause
     }
 
-    /// The exit code, if the worker exited.
+    /// The exit code, if the worker exited. 124 if it used more CPU time than it may, as `timeout(1)` has it.
     pub fn exit_code(&self) -> Option<i32> {
         match self.death.cause {
             Cause::Exited { code } => Some(code),
+            Cause::CpuTimeExceeded { .. } => Some(EXIT_CPU_TIME_EXCEEDED),
             _ => None,
         }
     }
@@ -184,7 +257,10 @@ impl CrashReport {
     /// The signal that ended the worker, if one did that the host did not send.
     pub fn signal(&self) -> Option<i32> {
         match self.death.cause {
-            Cause::Signaled { signal, .. } | Cause::StackOverflow { signal, .. } => Some(signal),
+            Cause::Signaled { signal, .. }
+            | Cause::StackOverflow { signal, .. }
+            | Cause::MemoryExceeded { signal, .. } => Some(signal),
+            Cause::FileSizeExceeded { .. } => Some(libc::SIGXFSZ),
             _ => None,
         }
     }
@@ -246,6 +322,11 @@ impl CrashReport {
     pub fn stderr_tail(&self) -> &str {
         &self.death.stderr_tail
     }
+
+    /// Bytes of captured standard error that were dropped before what [`CrashReport::stderr_tail`] has.
+    pub fn stderr_dropped(&self) -> u64 {
+        self.death.stderr_dropped
+    }
 }
 
 /// One line for the cause and one for each further fact.
@@ -300,6 +381,9 @@ impl fmt::Display for CrashReport {
             death.usage.system,
             death.usage.resident_bytes_max / 1024
         )?;
+        if death.stderr_dropped > 0 {
+            write!(f, "\n  stderr: ({} bytes before this were dropped)", death.stderr_dropped)?;
+        }
         if !death.stderr_tail.is_empty() {
             write!(f, "\n  stderr: {}", death.stderr_tail.trim_end().replace('\n', "\n          "))?;
         }

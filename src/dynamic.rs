@@ -3,7 +3,7 @@
 use crate::call::{Errno, STRING_ROOM, decode_string, lend_str};
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
-use crate::session::{Block, Frame, Need, RemotePtr, SessionInner, SessionOwner};
+use crate::session::{Block, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target};
 use hotcell_channel::session::STRING_WORDS;
 use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 use hotcell_channel::slot::WORDS_MAX;
@@ -76,50 +76,66 @@ impl fmt::Display for Value {
 }
 
 #[cold]
-fn wrong_result(expected: &'static str, given: &Value) -> CallError {
+#[inline(never)]
+fn wrong_result(expected: &'static str, given: Value) -> CallError {
     CallError::WrongResult { expected, given: given.kind() }
 }
 
+// A value is moved on the way to the error only: where its address is not needed, it stays in registers. Written to memory in pieces and read back whole it would cost a
+// call a third of its time, for the processor stalls on that.
 macro_rules! from_value {
-    ($($t:ident),+) => {$(
+    ($($t:ty, $name:expr, $($pattern:pat => $value:expr),+;)+) => {$(
         impl TryFrom<Value> for $t {
             type Error = CallError;
             #[inline(always)]
             fn try_from(value: Value) -> Result<$t, CallError> {
-                let fits = match value {
-                    Value::Signed(n) => $t::try_from(n).ok(),
-                    Value::Unsigned(n) => $t::try_from(n).ok(),
+                let fits = match &value {
+                    $($pattern => $value,)+
                     _ => None,
                 };
-                fits.ok_or_else(|| wrong_result(stringify!($t), &value))
-            }
-        }
-    )+};
-}
-from_value!(i8, i16, i32, i64, u8, u16, u32, u64, isize, usize);
-
-macro_rules! from_value_exactly {
-    ($($t:ty, $name:literal, $($pattern:pat => $value:expr),+;)+) => {$(
-        impl TryFrom<Value> for $t {
-            type Error = CallError;
-            #[inline(always)]
-            fn try_from(value: Value) -> Result<$t, CallError> {
-                match value {
-                    $($pattern => Ok($value),)+
-                    other => Err(wrong_result($name, &other)),
+                match fits {
+                    Some(fits) => Ok(fits),
+                    None => Err(wrong_result($name, { value })),
                 }
             }
         }
     )+};
 }
-from_value_exactly! {
-    (), "void", Value::Void => ();
-    bool, "bool", Value::Bool(b) => b;
-    f32, "f32", Value::F32(x) => x;
-    f64, "f64", Value::F64(x) => x, Value::F32(x) => f64::from(x);
-    RemotePtr, "ptr", Value::Ptr(p) => p, Value::Null => RemotePtr::NULL;
-    CString, "string", Value::CString(s) => s;
-    Option<CString>, "string or null", Value::CString(s) => Some(s), Value::Null => None;
+macro_rules! from_integer {
+    ($($t:ident),+) => {
+        from_value! {$(
+            $t, stringify!($t), Value::Signed(n) => $t::try_from(*n).ok(), Value::Unsigned(n) => $t::try_from(*n).ok();
+        )+}
+    };
+}
+from_integer!(i8, i16, i32, i64, u8, u16, u32, u64, isize, usize);
+from_value! {
+    (), "void", Value::Void => Some(());
+    bool, "bool", Value::Bool(b) => Some(*b);
+    f32, "f32", Value::F32(x) => Some(*x);
+    f64, "f64", Value::F64(x) => Some(*x), Value::F32(x) => Some(f64::from(*x));
+    RemotePtr, "ptr", Value::Ptr(p) => Some(*p), Value::Null => Some(RemotePtr::NULL);
+}
+
+impl TryFrom<Value> for CString {
+    type Error = CallError;
+    fn try_from(value: Value) -> Result<CString, CallError> {
+        match value {
+            Value::CString(s) => Ok(s),
+            other => Err(wrong_result("string", other)),
+        }
+    }
+}
+
+impl TryFrom<Value> for Option<CString> {
+    type Error = CallError;
+    fn try_from(value: Value) -> Result<Option<CString>, CallError> {
+        match value {
+            Value::CString(s) => Ok(Some(s)),
+            Value::Null => Ok(None),
+            other => Err(wrong_result("string or null", other)),
+        }
+    }
 }
 
 impl TryFrom<Value> for String {
@@ -255,9 +271,15 @@ impl fmt::Display for Arg<'_> {
 }
 
 /// The arguments of a call by name: a tuple of up to twelve, an array, or a `Vec` of things that are [`Arg`]s.
-pub trait IntoArgs<'a> {
+pub trait IntoArgs<'a>: Sized {
     #[doc(hidden)]
     fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R;
+    /// Calls `function` with them.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        self.with(|args| function.call_slice(args))
+    }
 }
 
 impl<'a> IntoArgs<'a> for () {
@@ -265,11 +287,19 @@ impl<'a> IntoArgs<'a> for () {
     fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
         body(&mut [])
     }
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        function.call_array([])
+    }
 }
 impl<'a, T: Into<Arg<'a>>, const N: usize> IntoArgs<'a> for [T; N] {
     #[inline(always)]
     fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
         body(&mut self.map(Into::into))
+    }
+    #[inline(always)]
+    fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+        function.call_array(self.map(Into::into))
     }
 }
 impl<'a, T: Into<Arg<'a>>> IntoArgs<'a> for Vec<T> {
@@ -283,6 +313,10 @@ macro_rules! tuples {
             #[inline(always)]
             fn with<R>(self, body: impl FnOnce(&mut [Arg<'a>]) -> R) -> R {
                 body(&mut [$(self.$i.into()),+])
+            }
+            #[inline(always)]
+            fn call(self, function: &DynFunction) -> Result<Value, CallError> {
+                function.call_array([$(self.$i.into()),+])
             }
         }
     )+};
@@ -306,11 +340,9 @@ tuples! {
 #[derive(Clone, Debug)]
 pub struct DynFunction {
     session: Arc<SessionInner>,
-    index: u32,
-    label: u32,
+    target: Target,
     /// A second call index, whose replies carry `errno`; resolved when it is first asked for.
     with_errno: Arc<std::sync::OnceLock<u32>>,
-    timeout: Duration,
     function: Arc<Declared>,
     module: Module,
     _owner: Arc<SessionOwner>,
@@ -318,37 +350,42 @@ pub struct DynFunction {
 
 #[derive(Debug)]
 struct Declared {
-    name: Arc<FunctionName>,
     signature: Signature,
     places: Vec<Place>,
-    /// The places again, if all arguments are integers, few, and no string comes back.
-    integers: Option<Vec<Place>>,
+    quick: Quick,
+    /// The places again, for [`Quick::Integers`].
+    integers: [Place; QUICK_ARGS],
+    result: ResultKind,
     takes_callback: bool,
 }
 
-/// Where an argument's word lies, and which signed integers it takes as they are: the commonest kind of argument, checked without a look at the type.
+/// Where an argument's word lies, and which integers it takes as they are: the commonest kind of argument, checked without a look at the type.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     word: u8,
     least: i64,
     most: i64,
+    /// The largest one that comes as an unsigned number; 0 as well where the type takes none.
+    unsigned_most: u64,
 }
 
 impl Place {
+    const NONE: Self = Self { word: 0, least: 1, most: 0, unsigned_most: 0 };
+
     fn new(word: u8, t: Type) -> Self {
-        let (least, most) = match t {
-            Type::Char | Type::I8 => (i8::MIN.into(), i8::MAX.into()),
-            Type::I16 => (i16::MIN.into(), i16::MAX.into()),
-            Type::I32 => (i32::MIN.into(), i32::MAX.into()),
-            Type::I64 | Type::I64Fast => (i64::MIN, i64::MAX),
-            Type::U8 => (0, u8::MAX.into()),
-            Type::U16 => (0, u16::MAX.into()),
-            Type::U32 => (0, u32::MAX.into()),
-            Type::U64 | Type::U64Fast => (0, i64::MAX),
+        let (least, most, unsigned_most) = match t {
+            Type::Char | Type::I8 => (i8::MIN.into(), i8::MAX.into(), 0x7f),
+            Type::I16 => (i16::MIN.into(), i16::MAX.into(), 0x7fff),
+            Type::I32 => (i32::MIN.into(), i32::MAX.into(), 0x7fff_ffff),
+            Type::I64 | Type::I64Fast => (i64::MIN, i64::MAX, u64::MAX >> 1),
+            Type::U8 => (0, u8::MAX.into(), u8::MAX.into()),
+            Type::U16 => (0, u16::MAX.into(), u16::MAX.into()),
+            Type::U32 => (0, u32::MAX.into(), u32::MAX.into()),
+            Type::U64 | Type::U64Fast => (0, i64::MAX, u64::MAX),
             // None: every argument goes through `check`.
-            _ => (1, 0),
+            _ => return Self { word, ..Self::NONE },
         };
-        Self { word, least, most }
+        Self { word, least, most, unsigned_most }
     }
 
     fn takes_integers(&self) -> bool {
@@ -357,7 +394,77 @@ impl Place {
 }
 
 /// Most arguments of a call that is made without further looks.
-const FEW: usize = 4;
+const QUICK_ARGS: usize = 8;
+
+/// Whether calls of a function can be made straight: decided when it is resolved. The words lie in the order of the arguments, for all are of one class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Quick {
+    /// So many arguments, all of integer types.
+    Integers(u8),
+    /// So many arguments, all `f64`.
+    Doubles(u8),
+    /// No.
+    Never,
+}
+
+impl Quick {
+    fn new(signature: &Signature, places: &[Place]) -> Self {
+        match u8::try_from(places.len()) {
+            Ok(count) if places.len() <= QUICK_ARGS && signature.returns != Type::CString => {
+                if places.iter().all(Place::takes_integers) {
+                    Self::Integers(count)
+                } else if signature.args.iter().all(|t| *t == Type::F64) {
+                    Self::Doubles(count)
+                } else {
+                    Self::Never
+                }
+            }
+            _ => Self::Never,
+        }
+    }
+}
+
+/// What becomes of a reply's first word, sorted so that integers take no look at their type.
+#[derive(Clone, Copy, Debug)]
+enum ResultKind {
+    /// Shifted up and down again by so many bits; those above a narrower type are unspecified.
+    Signed(u8),
+    /// The same.
+    Unsigned(u8),
+    /// By its type.
+    Other(Type),
+}
+
+impl ResultKind {
+    fn new(t: Type) -> Self {
+        match t {
+            Type::Char | Type::I8 => Self::Signed(56),
+            Type::I16 => Self::Signed(48),
+            Type::I32 => Self::Signed(32),
+            Type::I64 | Type::I64Fast => Self::Signed(0),
+            Type::U8 => Self::Unsigned(56),
+            Type::U16 => Self::Unsigned(48),
+            Type::U32 => Self::Unsigned(32),
+            Type::U64 | Type::U64Fast => Self::Unsigned(0),
+            other => Self::Other(other),
+        }
+    }
+
+    /// The value that a word stands for. A string is not one: its word is an address.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // the bits above a narrower type are unspecified
+    fn value(self, word: u64, session: &SessionInner) -> Value {
+        match self {
+            Self::Signed(bits) => Value::Signed((word << (bits & 63)).cast_signed() >> (bits & 63)),
+            Self::Unsigned(bits) => Value::Unsigned((word << (bits & 63)) >> (bits & 63)),
+            Self::Other(Type::F64) => Value::F64(f64::from_bits(word)),
+            Self::Other(Type::Void) => Value::Void,
+            Self::Other(Type::Bool) => Value::Bool(word & 0xff != 0),
+            Self::Other(Type::F32) => Value::F32(f32::from_bits(word as u32)),
+            Self::Other(_) => Value::Ptr(session.pointer(word)),
+        }
+    }
+}
 
 /// A call whose arguments have been checked.
 #[derive(Clone, Copy)]
@@ -379,19 +486,16 @@ impl DynFunction {
         let words = signature.word_indexes();
         let places: Vec<Place> =
             words.iter().zip(&signature.args).map(|(word, t)| Place::new(*word, *t)).collect();
+        let mut integers = [Place::NONE; QUICK_ARGS];
+        integers.iter_mut().zip(&places).for_each(|(to, from)| *to = *from);
         Ok(Self {
             session: Arc::clone(&owner.inner),
-            index: resolved.index,
-            label: resolved.label,
+            target: Target::new(resolved, owner.inner.options.call_timeout()),
             with_errno: Arc::default(),
-            timeout: owner.inner.options.call_timeout(),
             function: Arc::new(Declared {
-                name: resolved.name,
-                integers: Some(places.clone()).filter(|places| {
-                    places.iter().all(Place::takes_integers)
-                        && places.len() <= FEW
-                        && signature.returns != Type::CString
-                }),
+                quick: Quick::new(&signature, &places),
+                integers,
+                result: ResultKind::new(signature.returns),
                 places,
                 takes_callback: signature.args.contains(&Type::Function),
                 signature,
@@ -403,7 +507,7 @@ impl DynFunction {
 
     /// The function's name and module.
     pub fn name(&self) -> &FunctionName {
-        &self.function.name
+        &self.target.name
     }
 
     /// The declared signature.
@@ -414,7 +518,9 @@ impl DynFunction {
     /// The same function with another deadline. The handle can be kept.
     #[must_use]
     pub fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { timeout, ..self.clone() }
+        let mut function = self.clone();
+        function.target.timeout = timeout;
+        function
     }
 
     /// Calls the function and waits for its result.
@@ -423,37 +529,67 @@ impl DynFunction {
     /// [`CallError::WrongCount`] and [`CallError::WrongArgument`] before anything is sent, and see [`CallError`].
     #[inline]
     pub fn call<'a>(&self, args: impl IntoArgs<'a>) -> Result<Value, CallError> {
-        args.with(|args| match self.call_quickly(args) {
-            Some(result) => result,
-            None => self.call_args(self.index, args, |_| ()).map(|(value, ())| value),
-        })
+        args.call(self)
     }
 
-    /// The commonest call, in a straight line: a few integers that the function takes as they are, no string back, the direct slot free. `None` for any other,
-    /// and for one that is wrong: then nothing has been done.
+    /// Calls it with arguments of which the caller's compiler knows the number and the kinds. They are put in memory on the way to `call_otherwise` only, and so is its result.
     #[inline(always)]
-    fn call_quickly(&self, args: &[Arg<'_>]) -> Option<Result<Value, CallError>> {
-        let declared = &*self.function;
-        // Their words lie in the order of the arguments, for there are no floats among them.
-        let places = declared.integers.as_ref()?;
-        if places.len() != args.len() || args.len() > FEW {
-            return None;
-        }
-        let mut words = [0u64; FEW];
-        for ((arg, place), word) in args.iter().zip(places).zip(&mut words) {
-            match arg {
-                Arg::Signed(n) if (place.least..=place.most).contains(n) => *word = n.cast_unsigned(),
-                _ => return None,
+    fn call_array<const N: usize>(&self, args: [Arg<'_>; N]) -> Result<Value, CallError> {
+        match self.call_quickly(&args) {
+            Straight::Replied(word) => Ok(self.function.result.value(word, &self.session)),
+            Straight::Failed(error) => Err(*error),
+            Straight::Elsewhere => {
+                let mut result = Ok(Value::Void);
+                self.call_otherwise(&mut { args }, &mut result);
+                result
             }
         }
-        let mut frame = self.session.claim_direct()?;
-        for (at, word) in words.iter().enumerate().take(args.len()) {
-            frame.set(at, *word);
+    }
+
+    /// Calls it with any arguments.
+    fn call_slice(&self, args: &mut [Arg<'_>]) -> Result<Value, CallError> {
+        match self.call_quickly(args) {
+            Straight::Replied(word) => Ok(self.function.result.value(word, &self.session)),
+            Straight::Failed(error) => Err(*error),
+            Straight::Elsewhere => self.call_args(self.target.index, args, |_| ()).map(|(value, ())| value),
         }
-        frame.publish(self.index, self.label);
-        let name: &FunctionName = &declared.name;
-        let waited = frame.wait(self.timeout, || name.clone());
-        Some(waited.and_then(|()| decode(&frame, declared.signature.returns, 0, name)))
+    }
+
+    #[inline(never)]
+    fn call_otherwise(&self, args: &mut [Arg<'_>], result: &mut Result<Value, CallError>) {
+        *result = self.call_args(self.target.index, args, |_| ()).map(|(value, ())| value);
+    }
+
+    /// The commonest call, in a straight line: a few integers that the function takes as they are, or doubles, no string back, the direct slot free. Any other is made
+    /// elsewhere, also one that is wrong.
+    #[inline(always)]
+    fn call_quickly(&self, args: &[Arg<'_>]) -> Straight {
+        let declared = &*self.function;
+        let mut words = [0u64; QUICK_ARGS];
+        if args.len() > QUICK_ARGS {
+            return Straight::Elsewhere;
+        }
+        match declared.quick {
+            Quick::Integers(count) if usize::from(count) == args.len() => {
+                for ((arg, place), word) in args.iter().zip(&declared.integers).zip(&mut words) {
+                    match arg {
+                        Arg::Signed(n) if (place.least..=place.most).contains(n) => *word = n.cast_unsigned(),
+                        Arg::Unsigned(n) if *n <= place.unsigned_most => *word = *n,
+                        _ => return Straight::Elsewhere,
+                    }
+                }
+            }
+            Quick::Doubles(count) if usize::from(count) == args.len() => {
+                for (arg, word) in args.iter().zip(&mut words) {
+                    match arg {
+                        Arg::Float(x) => *word = x.to_bits(),
+                        _ => return Straight::Elsewhere,
+                    }
+                }
+            }
+            _ => return Straight::Elsewhere,
+        }
+        self.session.call_straight(&self.target, |slot| slot.set_words(&words[..args.len()]))
     }
 
     /// Calls the function and also gives `errno` as the call left it.
@@ -466,7 +602,7 @@ impl DynFunction {
             Some(index) => *index,
             None => {
                 let resolved =
-                    self.module.resolve(&self.function.name.symbol, &self.function.signature, true)?;
+                    self.module.resolve(&self.target.name.symbol, &self.function.signature, true)?;
                 *self.with_errno.get_or_init(|| resolved.index)
             }
         };
@@ -496,8 +632,8 @@ impl DynFunction {
         args: &mut [Arg<'_>],
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
-        let Declared { name, signature, places, takes_callback, .. } = &*self.function;
-        let name: &FunctionName = name;
+        let Declared { signature, places, takes_callback, .. } = &*self.function;
+        let name: &FunctionName = &self.target.name;
         if args.len() != signature.args.len() {
             return Err(CallError::WrongCount {
                 function: name.clone(),
@@ -555,7 +691,29 @@ impl DynFunction {
         call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
-        let frame = self.session.claim(self.timeout, || FunctionName::clone(&self.function.name))?;
+        match self.session.latencies() {
+            None => self.call_claimed(args, words, call, more),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.call_in(frame, args, words, call, more),
+                    None => self.call_claimed(args, words, call, more),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn call_claimed<T>(
+        &self,
+        args: &mut [Arg<'_>],
+        words: &mut [u64],
+        call: Checked,
+        more: impl FnOnce(&Frame<'_>) -> T,
+    ) -> Result<(Value, T), CallError> {
+        let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         self.call_in(frame, args, words, call, more)
     }
 
@@ -568,8 +726,8 @@ impl DynFunction {
         call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
-        let Declared { name, signature, places, .. } = &*self.function;
-        let name: &FunctionName = name;
+        let places = &self.function.places;
+        let name: &FunctionName = &self.target.name;
         let Checked { index, need, count, numbers, string } = call;
         frame.reserve(need, || name.clone())?;
         if !numbers {
@@ -609,10 +767,15 @@ impl DynFunction {
                 frame.set(at, *word);
             }
         }
-        frame.publish(index, self.label);
-        frame.wait(self.timeout, || name.clone())?;
+        frame.publish(index, self.target.label);
+        frame.wait(self.target.timeout, || name.clone())?;
         let more = more(&frame);
-        let value = decode(&frame, signature.returns, target, name)?;
+        let value = match self.function.result {
+            ResultKind::Other(Type::CString) => {
+                decode_string(&frame, target, name)?.map_or(Value::Null, Value::CString)
+            }
+            kind => kind.value(frame.reply(0), frame.session()),
+        };
         if !numbers {
             for (arg, place) in args.iter_mut().zip(places) {
                 if let Arg::BytesMut(bytes) | Arg::BytesOut(bytes) = arg {
@@ -710,28 +873,6 @@ fn float(arg: &Arg<'_>) -> Option<f64> {
         Arg::Unsigned(n) => Some(*n as f64),
         _ => None,
     }
-}
-
-#[inline(always)]
-#[allow(clippy::cast_possible_truncation)] // the bits above a narrower type are unspecified
-fn decode(frame: &Frame<'_>, t: Type, target: u64, name: &FunctionName) -> Result<Value, CallError> {
-    let word = frame.reply(0);
-    Ok(match t {
-        Type::Void => Value::Void,
-        Type::Bool => Value::Bool(word & 0xff != 0),
-        Type::Char | Type::I8 => Value::Signed((word as i8).into()),
-        Type::I16 => Value::Signed((word as i16).into()),
-        Type::I32 => Value::Signed((word as i32).into()),
-        Type::I64 | Type::I64Fast => Value::Signed(word.cast_signed()),
-        Type::U8 => Value::Unsigned((word as u8).into()),
-        Type::U16 => Value::Unsigned((word as u16).into()),
-        Type::U32 => Value::Unsigned((word as u32).into()),
-        Type::U64 | Type::U64Fast => Value::Unsigned(word),
-        Type::F32 => Value::F32(f32::from_bits(word as u32)),
-        Type::F64 => Value::F64(f64::from_bits(word)),
-        Type::CString => decode_string(frame, target, name)?.map_or(Value::Null, Value::CString),
-        _ => Value::Ptr(frame.session().pointer(word)),
-    })
 }
 
 #[cfg(test)]

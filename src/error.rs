@@ -1,12 +1,13 @@
 //! The public errors. Each says what happened, to which function of which module, whether the function may have run, and what to do.
 
 use crate::crash::CrashReport;
+use crate::limits::Scarce;
 use crate::signature::SignatureError;
 use hotcell_channel::signature::Type;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use thiserror::Error;
 
 pub use hotcell_channel::control::Mismatch;
@@ -27,7 +28,7 @@ impl std::fmt::Display for FunctionName {
 }
 
 /// Why no worker, or no session in it, could be started.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 #[non_exhaustive]
 pub enum StartError {
     /// The worker's program could not be started at all.
@@ -37,7 +38,7 @@ pub enum StartError {
         program: PathBuf,
         /// What the system said.
         #[source]
-        source: io::Error,
+        source: Arc<io::Error>,
     },
     /// This library is not part of the running executable (it was loaded into it, by Python for instance), so starting the executable again would not make a
     /// worker but run its `main`.
@@ -89,7 +90,7 @@ pub enum StartError {
         what: &'static str,
         /// What the system said.
         #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// A configured value is out of its range.
     #[error("{option} is {given}, but must be {expected}")]
@@ -100,6 +101,80 @@ pub enum StartError {
         given: String,
         /// Its range.
         expected: &'static str,
+    },
+    /// A limit that was asked for cannot be enforced here.
+    #[error("{option} cannot be enforced: {reason}")]
+    LimitUnavailable {
+        /// The option.
+        option: &'static str,
+        /// Why not, and what to do.
+        reason: String,
+    },
+    /// The worker has no room for the session because of one of its limits.
+    #[error("the worker has no {what} left for the session within its limit")]
+    Scarce {
+        /// What there is not enough of.
+        what: Scarce,
+    },
+    /// A limit of a [`Supervisor`](crate::Supervisor)'s sessions is reached. Nothing was started.
+    #[error("{scope} has no place for another session: {} open, the limit is {max}{}", sessions(*.open), waited_for(*.waited))]
+    SessionLimit {
+        /// Whose limit it is.
+        scope: LimitScope,
+        /// How many sessions are open under it.
+        open: u32,
+        /// The limit.
+        max: u32,
+        /// How long the request waited for a place; `None` if it was not to wait.
+        waited: Option<Duration>,
+    },
+    /// Somebody else was starting the worker, and had not finished when this request had waited as long as it may.
+    #[error("the worker is being started by another request, which has not finished after {after:?}")]
+    StillStarting {
+        /// How long this request waited.
+        after: Duration,
+    },
+    /// The worker has ended several times, and the next start is held back for longer than this request may wait.
+    #[error("the worker is not started again before {retry_after:?} have passed; it was gone because {last}")]
+    BackingOff {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker has ended more often than its [`RestartPolicy`](crate::RestartPolicy) allows, and is not started for a while.
+    #[error(
+        "the worker has ended more than {} within {within:?} and is not started again before {retry_after:?} have passed; the last time: {last}",
+        times(*.restarts_max)
+    )]
+    CircuitOpen {
+        /// When it may be started again.
+        until: Instant,
+        /// How long that was away when the request was refused.
+        retry_after: Duration,
+        /// How many restarts there may be in the window.
+        restarts_max: u32,
+        /// The window.
+        within: Duration,
+        /// Why there is no worker.
+        last: Arc<StartError>,
+    },
+    /// The worker could not be started, and [`Restart::Never`](crate::Restart::Never) allows no second try.
+    #[error("the worker could not be started, and its policy allows no second try: {last}")]
+    NotRestarted {
+        /// Why it could not be started.
+        last: Arc<StartError>,
+    },
+    /// The host's own hook that prepares each worker, or each session, has failed. What it was to prepare was ended.
+    #[error("the hook {hook} has failed: {source}")]
+    Hook {
+        /// Which hook.
+        hook: &'static str,
+        /// What it said.
+        #[source]
+        source: Arc<dyn std::error::Error + Send + Sync>,
     },
     /// The kernel refused what a placement option of [`SessionBuilder`](crate::SessionBuilder) asks for. The session was not opened.
     #[error("{option} cannot be {given} in {place}: {source}; {advice}")]
@@ -112,7 +187,7 @@ pub enum StartError {
         place: &'static str,
         /// What the kernel said; for the worker, what it says that the kernel said.
         #[source]
-        source: io::Error,
+        source: Arc<io::Error>,
         /// What to do about it.
         advice: &'static str,
     },
@@ -121,12 +196,73 @@ pub enum StartError {
     Forked,
 }
 
+/// Whose limit of sessions it is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum LimitScope {
+    /// Each worker's.
+    Worker,
+    /// Each tenant's; this one's is reached.
+    Tenant(Arc<str>),
+    /// The supervisor's.
+    Supervisor,
+}
+
+impl std::fmt::Display for LimitScope {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            LimitScope::Worker => f.write_str("the worker"),
+            LimitScope::Tenant(tenant) => write!(f, "tenant {tenant:?}"),
+            LimitScope::Supervisor => f.write_str("the supervisor"),
+        }
+    }
+}
+
+fn sessions(open: u32) -> String {
+    if open == 1 { "1 session is".to_owned() } else { format!("{open} sessions are") }
+}
+
+fn times(count: u32) -> String {
+    if count == 1 { "once".to_owned() } else { format!("{count} times") }
+}
+
+fn waited_for(waited: Option<Duration>) -> String {
+    waited.map_or_else(String::new, |waited| format!(", and none was closed within {waited:?}"))
+}
+
 impl StartError {
     pub(crate) fn system(
         what: &'static str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
-        StartError::System { what, source: source.into() }
+        StartError::System { what, source: source.into().into() }
+    }
+
+    /// A stable name for programs: see [`CallError::code`].
+    pub fn code(&self) -> &'static str {
+        match self {
+            StartError::Program { .. } => "ERR_WORKER_PROGRAM",
+            StartError::ForeignExecutable { .. } => "ERR_FOREIGN_EXECUTABLE",
+            StartError::NoProgram => "ERR_NO_WORKER_PROGRAM",
+            StartError::Mismatch { .. } => "ERR_WORKER_MISMATCH",
+            StartError::TimedOut { .. } => "ERR_START_TIMEOUT",
+            StartError::Died(_) => "ERR_WORKER_CRASH",
+            StartError::Refused { .. } => "ERR_SESSION_REFUSED",
+            StartError::Disposed => "ERR_WORKER_DISPOSED",
+            StartError::System { .. } => "ERR_SYSTEM",
+            StartError::Configuration { .. } => "ERR_CONFIGURATION",
+            StartError::LimitUnavailable { .. } => "ERR_LIMIT_UNAVAILABLE",
+            StartError::Scarce { what: Scarce::OpenFiles } => "ERR_OPEN_FILES_EXCEEDED",
+            StartError::Scarce { what: Scarce::Processes } => "ERR_PROCESSES_EXCEEDED",
+            StartError::Placement { .. } => "ERR_PLACEMENT",
+            StartError::SessionLimit { .. } => "ERR_SESSION_LIMIT",
+            StartError::StillStarting { .. } => "ERR_STILL_STARTING",
+            StartError::BackingOff { .. } => "ERR_BACKING_OFF",
+            StartError::CircuitOpen { .. } => "ERR_CIRCUIT_OPEN",
+            StartError::NotRestarted { last } => last.code(),
+            StartError::Hook { .. } => "ERR_HOOK",
+            StartError::Forked => "ERR_FORKED",
+        }
     }
 }
 
@@ -223,6 +359,14 @@ pub enum LoadError {
         /// How many there are.
         detail: String,
     },
+    /// The worker has as many descriptors open as it may have: see [`WorkerBuilder::open_files_max`](crate::WorkerBuilder::open_files_max).
+    #[error("module {module} cannot be opened, since the worker has as many files open as it may: {detail}")]
+    OpenFilesExceeded {
+        /// The module.
+        module: Arc<str>,
+        /// The system's words; untrusted text.
+        detail: String,
+    },
     /// The request itself failed: the module crashed or hung its worker while it was loaded, or the worker was gone before.
     #[error("module {module} could not be loaded, or a function of it not be found: {source}")]
     Call {
@@ -232,6 +376,27 @@ pub enum LoadError {
         #[source]
         source: CallError,
     },
+}
+
+impl LoadError {
+    /// A stable name for programs: see [`CallError::code`].
+    pub fn code(&self) -> &'static str {
+        match self {
+            LoadError::NotFound { .. } => "ERR_MODULE_NOT_FOUND",
+            LoadError::Unreadable { .. } => "ERR_MODULE_UNREADABLE",
+            LoadError::NotElf { .. } => "ERR_MODULE_NOT_ELF",
+            LoadError::WrongKind { .. } => "ERR_MODULE_WRONG_KIND",
+            LoadError::MissingDependency { .. } => "ERR_MISSING_DEPENDENCY",
+            LoadError::MissingImport { .. } => "ERR_MISSING_IMPORT",
+            LoadError::Linker { .. } => "ERR_LINKER",
+            LoadError::MissingSymbol { .. } => "ERR_MISSING_SYMBOL",
+            LoadError::BadSignature { .. } => "ERR_BAD_SIGNATURE",
+            LoadError::Signature { .. } => "ERR_SIGNATURE_TEXT",
+            LoadError::TooManyFunctions { .. } => "ERR_TOO_MANY_FUNCTIONS",
+            LoadError::OpenFilesExceeded { .. } => "ERR_OPEN_FILES_EXCEEDED",
+            LoadError::Call { source, .. } => source.code(),
+        }
+    }
 }
 
 /// Why a call gave no result.
@@ -244,6 +409,17 @@ pub enum CallError {
     /// The worker died. The report says why, and what this call had to do with it.
     #[error("{0}")]
     Crashed(Box<CrashReport>),
+    /// This call used more CPU time than it may, or was running when its session or worker did; the worker has ended. Other calls in flight have
+    /// [`CallError::Crashed`] with the same report.
+    #[error("{0}")]
+    CpuTimeExceeded(Box<CrashReport>),
+    /// This call asked for more memory than there may be; the worker has ended. So may a call have that was running when the kernel ended a worker for its memory and did not tell
+    /// on whose account. Other calls in flight have [`CallError::Crashed`] with the same report.
+    #[error("{0}")]
+    MemoryExceeded(Box<CrashReport>),
+    /// This call wrote a file beyond the limit; the worker has ended. Other calls in flight have [`CallError::Crashed`] with the same report.
+    #[error("{0}")]
+    FileSizeExceeded(Box<CrashReport>),
     /// The worker was disposed while the call was in flight or waiting.
     #[error("{0}")]
     Disposed(Box<CrashReport>),
@@ -401,6 +577,12 @@ pub enum CallError {
         /// How many.
         bytes: u64,
     },
+    /// The session has as many blocks as it may have: see [`SessionBuilder::remote_blocks_max`](crate::SessionBuilder::remote_blocks_max).
+    #[error("the session has {max} blocks that were not freed, and may have no more")]
+    TooManyBlocks {
+        /// The limit.
+        max: u64,
+    },
     /// The session was closed, or its worker disposed.
     #[error("the session is closed")]
     Closed,
@@ -413,7 +595,11 @@ impl CallError {
     /// Whether the function may have run, in part or in whole. A call for which this is false can be repeated elsewhere without harm.
     pub fn may_have_run(&self) -> bool {
         match self {
-            CallError::Crashed(report) | CallError::Disposed(report) => report.involvement().may_have_run(),
+            CallError::Crashed(report)
+            | CallError::CpuTimeExceeded(report)
+            | CallError::MemoryExceeded(report)
+            | CallError::FileSizeExceeded(report)
+            | CallError::Disposed(report) => report.involvement().may_have_run(),
             CallError::TimedOut { .. }
             | CallError::NullString { .. }
             | CallError::StringTooLong { .. }
@@ -427,7 +613,13 @@ impl CallError {
         match self {
             CallError::TimedOut { worker_killed, .. } => !worker_killed,
             CallError::StringLost { source, .. } => source.session_usable(),
-            CallError::Crashed(_) | CallError::Disposed(_) | CallError::Closed | CallError::Forked => false,
+            CallError::Crashed(_)
+            | CallError::CpuTimeExceeded(_)
+            | CallError::MemoryExceeded(_)
+            | CallError::FileSizeExceeded(_)
+            | CallError::Disposed(_)
+            | CallError::Closed
+            | CallError::Forked => false,
             CallError::NotRunning { .. } => false,
             _ => true,
         }
@@ -436,8 +628,75 @@ impl CallError {
     /// The report, if the worker died.
     pub fn crash_report(&self) -> Option<&CrashReport> {
         match self {
-            CallError::Crashed(report) | CallError::Disposed(report) => Some(report),
+            CallError::Crashed(report)
+            | CallError::CpuTimeExceeded(report)
+            | CallError::MemoryExceeded(report)
+            | CallError::FileSizeExceeded(report)
+            | CallError::Disposed(report) => Some(report),
             _ => None,
+        }
+    }
+
+    /// A stable name of what went wrong, for programs and logs; the words of an error may change, its code does not. What caused an error decides the code where one
+    /// error wraps another.
+    ///
+    /// | code | what | errors |
+    /// |---|---|---|
+    /// | `ERR_WORKER_CRASH` | the worker died: by a signal, an exit, another call's doing | [`CallError::Crashed`], [`StartError::Died`] |
+    /// | `ERR_WORKER_DISPOSED` | it was disposed | [`CallError::Disposed`], [`StartError::Disposed`] |
+    /// | `ERR_CPU_TIME_EXCEEDED` | more CPU time than allowed | [`CallError::CpuTimeExceeded`] |
+    /// | `ERR_MEMORY_EXCEEDED` | more memory than allowed | [`CallError::MemoryExceeded`] |
+    /// | `ERR_FILE_SIZE_EXCEEDED` | a longer file than allowed | [`CallError::FileSizeExceeded`] |
+    /// | `ERR_OPEN_FILES_EXCEEDED` | more open files than allowed | [`LoadError::OpenFilesExceeded`], [`StartError::Scarce`] |
+    /// | `ERR_PROCESSES_EXCEEDED` | more processes and threads than allowed | [`StartError::Scarce`] |
+    /// | `ERR_PAYLOAD_TOO_LARGE` | a larger argument, result or string than allowed | [`CallError::TooLarge`], [`CallError::StringTooLong`] |
+    /// | `ERR_TOO_MANY_BLOCKS` | more blocks than allowed | [`CallError::TooManyBlocks`] |
+    /// | `ERR_OUT_OF_MEMORY` | the worker has no memory for a block | [`CallError::OutOfMemory`] |
+    /// | `ERR_CALL_TIMEOUT` | a deadline passed | [`CallError::TimedOut`] |
+    /// | `ERR_SESSION_ABANDONED` | an earlier call still runs past its deadline | [`CallError::Abandoned`] |
+    /// | `ERR_SESSION_CLOSED` | the session is closed | [`CallError::Closed`] |
+    /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
+    /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
+    /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
+    /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
+    /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach) |
+    /// | `ERR_SESSION_LIMIT`, `ERR_STILL_STARTING`, `ERR_BACKING_OFF`, `ERR_CIRCUIT_OPEN`, `ERR_HOOK` | a supervisor does not open the session | [`StartError`]'s |
+    /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
+    /// | `ERR_ARGUMENT_COUNT`, `ERR_ARGUMENT_TYPE`, `ERR_RESULT_TYPE`, `ERR_INTERIOR_NUL`, `ERR_FOREIGN_POINTER`, `ERR_UNDECLARED`, `ERR_CALLBACK` | a call that cannot be made as it was written | the errors of these names |
+    /// | `ERR_NULL_STRING`, `ERR_STRING_LOST`, `ERR_BAD_ADDRESS`, `ERR_UNKNOWN_BLOCK` | what a call, or the worker's memory, did not give | the errors of these names |
+    /// | `ERR_WORKER_PROGRAM`, `ERR_NO_WORKER_PROGRAM`, `ERR_FOREIGN_EXECUTABLE`, `ERR_WORKER_MISMATCH`, `ERR_START_TIMEOUT`, `ERR_SESSION_REFUSED`, `ERR_SYSTEM`, `ERR_CONFIGURATION`, `ERR_LIMIT_UNAVAILABLE`, `ERR_PLACEMENT` | no worker, or no session in it | [`StartError`]'s |
+    /// | `ERR_MODULE_NOT_FOUND`, `ERR_MODULE_UNREADABLE`, `ERR_MODULE_NOT_ELF`, `ERR_MODULE_WRONG_KIND`, `ERR_MISSING_DEPENDENCY`, `ERR_MISSING_IMPORT`, `ERR_LINKER`, `ERR_MISSING_SYMBOL`, `ERR_BAD_SIGNATURE`, `ERR_TOO_MANY_FUNCTIONS`, `ERR_SIGNATURE_TEXT` | no module, or no function in it | [`LoadError`]'s |
+    ///
+    /// A report's [cause](CrashReport::cause) has a code too: [`Cause::code`](crate::Cause::code). It is the more exact one where the error's is `ERR_WORKER_CRASH`.
+    pub fn code(&self) -> &'static str {
+        match self {
+            CallError::Crashed(_) => "ERR_WORKER_CRASH",
+            CallError::CpuTimeExceeded(_) => "ERR_CPU_TIME_EXCEEDED",
+            CallError::MemoryExceeded(_) => "ERR_MEMORY_EXCEEDED",
+            CallError::FileSizeExceeded(_) => "ERR_FILE_SIZE_EXCEEDED",
+            CallError::Disposed(_) => "ERR_WORKER_DISPOSED",
+            CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",
+            CallError::Abandoned { .. } => "ERR_SESSION_ABANDONED",
+            CallError::Full { .. } => "ERR_SESSION_FULL",
+            CallError::PipelineTaken { .. } => "ERR_PIPELINE_TAKEN",
+            CallError::TooLarge { .. } | CallError::StringTooLong { .. } => "ERR_PAYLOAD_TOO_LARGE",
+            CallError::NoRoom { .. } => "ERR_ARENA_FULL",
+            CallError::WrongCount { .. } => "ERR_ARGUMENT_COUNT",
+            CallError::WrongArgument { .. } => "ERR_ARGUMENT_TYPE",
+            CallError::WrongResult { .. } => "ERR_RESULT_TYPE",
+            CallError::Undeclared(_) => "ERR_UNDECLARED",
+            CallError::NotRunning { .. } => "ERR_NOT_RUNNING",
+            CallError::CallbackUnsupported { .. } => "ERR_CALLBACK",
+            CallError::ForeignPointer { .. } => "ERR_FOREIGN_POINTER",
+            CallError::InteriorNul { .. } => "ERR_INTERIOR_NUL",
+            CallError::NullString { .. } => "ERR_NULL_STRING",
+            CallError::StringLost { .. } => "ERR_STRING_LOST",
+            CallError::BadAddress { .. } => "ERR_BAD_ADDRESS",
+            CallError::UnknownBlock { .. } => "ERR_UNKNOWN_BLOCK",
+            CallError::OutOfMemory { .. } => "ERR_OUT_OF_MEMORY",
+            CallError::TooManyBlocks { .. } => "ERR_TOO_MANY_BLOCKS",
+            CallError::Closed => "ERR_SESSION_CLOSED",
+            CallError::Forked => "ERR_FORKED",
         }
     }
 }
@@ -461,6 +720,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// A stable name for programs: see [`CallError::code`].
+    pub fn code(&self) -> &'static str {
+        match self {
+            Error::Start(start) => start.code(),
+            Error::Load(load) => load.code(),
+            Error::Call(call) => call.code(),
+            Error::Signature(_) => "ERR_SIGNATURE_TEXT",
+        }
+    }
+
     /// The report, if a worker died.
     pub fn crash_report(&self) -> Option<&CrashReport> {
         match self {

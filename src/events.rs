@@ -1,8 +1,8 @@
-//! Events of an [`IsolatedProcess`](crate::IsolatedProcess): who listens, and the thread that tells them.
+//! Events of an [`IsolatedProcess`](crate::IsolatedProcess) and of a [`Supervisor`](crate::Supervisor): who listens, and the thread that tells them.
 //!
 //! An event happens on the monitor's thread (output, death) or on a caller's (ready, error, call results). Neither may wait for the host's handlers, so
 //! both only put it into queues: into each [channel](crate::IsolatedProcess::receiver), and once into the queue of the thread `hotcell-events` if there are handlers for it. That
-//! thread runs the handlers of all isolated processes, one after another, with no lock of the library held: a handler may call anything.
+//! thread runs the handlers of all of them, one after another, with no lock of the library held: a handler may call anything.
 //!
 //! Events are queued under the lock of the list of listeners, so everybody sees them in the same order.
 
@@ -37,10 +37,19 @@ pub enum Event {
     Stderr,
 }
 
-impl Event {
-    fn bit(self) -> u32 {
-        1 << (self as u32)
-    }
+/// What a set of listeners is told: the data of an event, of one of at most 32 kinds.
+pub(crate) trait Telling: Clone + Send + Sync + 'static {
+    /// The kinds.
+    type Kind: Copy + fmt::Debug;
+
+    /// A bit for each kind.
+    fn bit(kind: Self::Kind) -> u32;
+
+    /// Which kind this is.
+    fn kind(&self) -> Self::Kind;
+
+    /// Whether it may be dropped for a listener that does not keep up. What may come any number of times must be: a worker could fill the host's memory with it.
+    fn is_frequent(&self) -> bool;
 }
 
 /// What happened. `Display` says it in words.
@@ -97,8 +106,19 @@ impl EventData {
             _ => None,
         }
     }
+}
 
-    /// Whether it may be dropped for a listener that does not keep up. What may come any number of times must be: a worker could fill the host's memory with it.
+impl Telling for EventData {
+    type Kind = Event;
+
+    fn bit(kind: Event) -> u32 {
+        1 << (kind as u32)
+    }
+
+    fn kind(&self) -> Event {
+        self.event()
+    }
+
     fn is_frequent(&self) -> bool {
         !matches!(self, EventData::Ready { .. } | EventData::Death(_) | EventData::Exit(Exit::Death(_)))
     }
@@ -128,79 +148,95 @@ impl fmt::Display for Exit {
     }
 }
 
-/// Names one registration of a handler, to take it back with [`IsolatedProcess::off`](crate::IsolatedProcess::off).
+/// Names one registration of a handler, to take it back with [`IsolatedProcess::off`](crate::IsolatedProcess::off) or
+/// [`Supervisor::off`](crate::Supervisor::off).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ListenerId(u64);
 
-type Handler = dyn FnMut(&EventData) + Send;
+type Handler<D> = dyn FnMut(&D) + Send;
 
-#[derive(Clone)]
-enum Sink {
+enum Sink<D> {
     /// Locked only by the events thread while it runs: the lock stands for "one at a time", nobody waits for it.
-    Handler(Arc<Mutex<Handler>>),
-    Channel(Sender<EventData>),
+    Handler(Arc<Mutex<Handler<D>>>),
+    Channel(Sender<D>),
 }
 
-struct Listener {
+impl<D> Clone for Sink<D> {
+    fn clone(&self) -> Self {
+        match self {
+            Sink::Handler(handler) => Sink::Handler(Arc::clone(handler)),
+            Sink::Channel(sender) => Sink::Channel(sender.clone()),
+        }
+    }
+}
+
+struct Listener<D> {
     id: u64,
-    /// The events it is for: [`Event::bit`] of each.
+    /// The events it is for: [`Telling::bit`] of each.
     events: u32,
     once: bool,
     /// The library's own: stays when all listeners are removed.
     own: bool,
-    sink: Sink,
+    sink: Sink<D>,
 }
 
-impl fmt::Debug for Listener {
+impl<D> fmt::Debug for Listener<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Listener {}", self.id)
     }
 }
 
-#[derive(Debug, Default)]
-struct List {
+#[derive(Debug)]
+struct List<D> {
     next: u64,
-    listeners: Vec<Listener>,
+    listeners: Vec<Listener<D>>,
     /// The number of the last process that has ended.
     ended: u64,
 }
 
-/// One isolated process's listeners.
-#[derive(Debug, Default)]
-pub(crate) struct Emitter {
-    /// The events that anybody listens to: [`Event::bit`] of each.
+/// The listeners of one isolated process or supervisor.
+#[derive(Debug)]
+pub(crate) struct Emitter<D = EventData> {
+    /// The events that anybody listens to: [`Telling::bit`] of each.
     wanted: AtomicU32,
     /// Events in the queue of the events thread.
     waiting: AtomicUsize,
-    list: Mutex<List>,
+    list: Mutex<List<D>>,
 }
 
-impl Emitter {
+impl<D> Default for Emitter<D> {
+    fn default() -> Self {
+        let list = List { next: 0, listeners: Vec::new(), ended: 0 };
+        Self { wanted: AtomicU32::new(0), waiting: AtomicUsize::new(0), list: Mutex::new(list) }
+    }
+}
+
+impl<D: Telling> Emitter<D> {
     /// Whether anybody listens. A listener that comes at the same moment may be missed.
     #[inline(always)]
-    pub(crate) fn wants(&self, event: Event) -> bool {
-        self.wanted.load(Relaxed) & event.bit() != 0
+    pub(crate) fn wants(&self, event: D::Kind) -> bool {
+        self.wanted.load(Relaxed) & D::bit(event) != 0
     }
 
     pub(crate) fn on(
         &self,
-        events: &[Event],
+        events: &[D::Kind],
         once: bool,
         own: bool,
-        handler: impl FnMut(&EventData) + Send + 'static,
+        handler: impl FnMut(&D) + Send + 'static,
     ) -> ListenerId {
         start_thread();
         self.add(events, once, own, Sink::Handler(Arc::new(Mutex::new(handler))))
     }
 
-    pub(crate) fn receiver(&self, events: &[Event]) -> Receiver<EventData> {
+    pub(crate) fn receiver(&self, events: &[D::Kind]) -> Receiver<D> {
         let (sender, receiver) = crossbeam_channel::unbounded();
         self.add(events, false, false, Sink::Channel(sender));
         receiver
     }
 
-    fn add(&self, events: &[Event], once: bool, own: bool, sink: Sink) -> ListenerId {
-        let events = events.iter().fold(0, |mask, event| mask | event.bit());
+    fn add(&self, events: &[D::Kind], once: bool, own: bool, sink: Sink<D>) -> ListenerId {
+        let events = events.iter().fold(0, |mask, event| mask | D::bit(*event));
         let mut list = lock(&self.list);
         let id = list.next;
         list.next += 1;
@@ -234,44 +270,26 @@ impl Emitter {
         self.remove(u32::MAX, |other| other == id) > 0
     }
 
-    pub(crate) fn remove_all(&self, event: Option<Event>) {
-        self.remove(event.map_or(u32::MAX, Event::bit), |_| true);
+    pub(crate) fn remove_all(&self, event: Option<D::Kind>) {
+        self.remove(event.map_or(u32::MAX, D::bit), |_| true);
     }
 
-    fn count(&self, list: &List) {
+    fn count(&self, list: &List<D>) {
         let wanted = list.listeners.iter().fold(0, |mask, listener| mask | listener.events);
         self.wanted.store(wanted, Relaxed);
     }
 
     /// Tells everybody who listens. False if nobody does.
-    pub(crate) fn emit(self: &Arc<Self>, data: EventData) -> bool {
-        self.wants(data.event()) && self.queue(&mut lock(&self.list), data)
+    pub(crate) fn emit(self: &Arc<Self>, data: D) -> bool {
+        self.wants(data.kind()) && self.queue(&mut lock(&self.list), data)
     }
 
-    /// The process number `generation` has its module loaded. Not told if its death has been told already: nobody wants to hear these the other way round.
-    pub(crate) fn ready(self: &Arc<Self>, generation: u64, pid: u32) {
-        let mut list = lock(&self.list);
-        if list.ended < generation {
-            self.queue(&mut list, EventData::Ready { pid });
-        }
-    }
-
-    /// The process number `generation` has ended. `death`: its report, if that was not the host's wish.
-    pub(crate) fn ended(self: &Arc<Self>, generation: u64, death: Option<&CrashReport>) {
-        let mut list = lock(&self.list);
-        list.ended = list.ended.max(generation);
-        if let Some(report) = death {
-            self.queue(&mut list, EventData::Death(report.clone()));
-            self.queue(&mut list, EventData::Exit(Exit::Death(report.clone())));
-        }
-    }
-
-    fn queue(self: &Arc<Self>, list: &mut List, data: EventData) -> bool {
-        let event = data.event();
+    fn queue(self: &Arc<Self>, list: &mut List<D>, data: D) -> bool {
+        let bit = D::bit(data.kind());
         let frequent = data.is_frequent();
         let (mut heard, mut handled, mut gone) = (false, false, false);
         list.listeners.retain(|listener| {
-            if listener.events & event.bit() == 0 {
+            if listener.events & bit == 0 {
                 return true;
             }
             match &listener.sink {
@@ -292,7 +310,11 @@ impl Emitter {
         }
         if handled && !(frequent && self.waiting.load(Relaxed) >= WAITING_MAX) {
             self.waiting.fetch_add(1, Relaxed);
-            send(Job::Tell { emitter: Arc::clone(self), data, before: list.next });
+            let (emitter, before) = (Arc::clone(self), list.next);
+            send(Box::new(move || {
+                emitter.run(&data, before);
+                emitter.waiting.fetch_sub(1, Relaxed);
+            }));
         }
         heard
     }
@@ -302,14 +324,14 @@ impl Emitter {
         if let Some(last) = Arc::into_inner(self)
             && !lock(&last.list).listeners.is_empty()
         {
-            send(Job::Drop(last));
+            send(Box::new(move || drop(last)));
         }
     }
 
     /// Runs the handlers; on the events thread. `before`: those from this number on came after the event.
-    fn run(&self, data: &EventData, before: u64) {
-        let bit = data.event().bit();
-        let is_for = |listener: &&Listener| {
+    fn run(&self, data: &D, before: u64) {
+        let bit = D::bit(data.kind());
+        let is_for = |listener: &&Listener<D>| {
             listener.events & bit != 0 && listener.id < before && matches!(listener.sink, Sink::Handler(_))
         };
         let ids: Vec<u64> = lock(&self.list).listeners.iter().filter(is_for).map(|l| l.id).collect();
@@ -323,14 +345,14 @@ impl Emitter {
             if let Err(panic) = run {
                 let what = panic.downcast_ref::<&str>().copied();
                 let what = what.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-                tracing::error!(event = ?data.event(), panic = what.unwrap_or("?"), "an event handler panicked");
+                tracing::error!(event = ?data.kind(), panic = what.unwrap_or("?"), "an event handler panicked");
                 // Dropping a payload can panic too.
                 std::mem::forget(panic);
             }
         }
     }
 
-    fn take(&self, id: u64) -> Option<Arc<Mutex<Handler>>> {
+    fn take(&self, id: u64) -> Option<Arc<Mutex<Handler<D>>>> {
         let mut list = lock(&self.list);
         let at = list.listeners.iter().position(|listener| listener.id == id)?;
         let sink = if list.listeners[at].once {
@@ -347,14 +369,35 @@ impl Emitter {
     }
 }
 
-enum Job {
-    Tell {
-        emitter: Arc<Emitter>,
-        data: EventData,
-        before: u64,
-    },
-    /// Nobody else has it any more.
-    Drop(Emitter),
+impl Emitter {
+    /// The process number `generation` has its module loaded. Not told if its death has been told already: nobody wants to hear these the other way round.
+    pub(crate) fn ready(self: &Arc<Self>, generation: u64, pid: u32) {
+        let mut list = lock(&self.list);
+        if list.ended < generation {
+            self.queue(&mut list, EventData::Ready { pid });
+        }
+    }
+
+    /// The process number `generation` has ended. `death`: its report, if that was not the host's wish.
+    pub(crate) fn ended(self: &Arc<Self>, generation: u64, death: Option<&CrashReport>) {
+        let mut list = lock(&self.list);
+        list.ended = list.ended.max(generation);
+        if let Some(report) = death {
+            self.queue(&mut list, EventData::Death(report.clone()));
+            self.queue(&mut list, EventData::Exit(Exit::Death(report.clone())));
+        }
+    }
+}
+
+/// Something to do on the events thread.
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Gives up a hold on something that owns code of the host's user, on a thread that must not run what its drop might: the monitor.
+pub(crate) fn drop_elsewhere<T: Send + Sync + 'static>(shared: Arc<T>) {
+    if let Some(last) = Arc::into_inner(shared) {
+        start_thread();
+        send(Box::new(move || drop(last)));
+    }
 }
 
 fn jobs() -> &'static (Sender<Job>, Receiver<Job>) {
@@ -377,13 +420,7 @@ fn start_thread() {
     let started = monitor::start_thread("hotcell-events", || {
         for job in &jobs().1 {
             // Handlers are caught one by one; this is for what is dropped here.
-            let done = catch_unwind(AssertUnwindSafe(|| match job {
-                Job::Tell { emitter, data, before } => {
-                    emitter.run(&data, before);
-                    emitter.waiting.fetch_sub(1, Relaxed);
-                }
-                Job::Drop(emitter) => drop(emitter),
-            }));
+            let done = catch_unwind(AssertUnwindSafe(job));
             if let Err(panic) = done {
                 tracing::error!("dropping an event handler panicked");
                 std::mem::forget(panic);

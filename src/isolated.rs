@@ -65,7 +65,7 @@ pub struct IsolatedProcessConfig {
     timeout: Option<Duration>,
     on_error: ErrorMode,
     debug: bool,
-    worker: WorkerBuilder,
+    pub(crate) worker: WorkerBuilder,
 }
 
 impl IsolatedProcessConfig {

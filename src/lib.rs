@@ -47,11 +47,14 @@
 //!   variable [`WORKER_VARIABLE`].
 
 mod call;
+mod cgroup;
 mod crash;
 mod dynamic;
 mod error;
 mod events;
 mod isolated;
+mod latencies;
+mod limits;
 mod module;
 mod monitor;
 mod pipeline;
@@ -60,6 +63,7 @@ mod placement;
 mod self_exec;
 mod session;
 mod signature;
+mod supervisor;
 mod turns;
 mod worker;
 
@@ -68,12 +72,15 @@ pub use call::{
     Callback, Errno, Function, FunctionType, In, InOut, Nullable, Out, Param, PointerParam, Returned, Ticket,
     WithErrno,
 };
+pub use cgroup::CGROUP_VARIABLE;
 pub use crash::{Access, Cause, CrashReport, Frame, Involvement, Usage};
 pub use dynamic::{Arg, DynFunction, IntoArgs, Value, out};
-pub use error::{CallError, Error, FunctionName, LoadError, Mismatch, StartError};
+pub use error::{CallError, Error, FunctionName, LimitScope, LoadError, Mismatch, StartError};
 pub use events::{Event, EventData, Exit, ListenerId};
 pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
+pub use latencies::{Counters, Latencies};
+pub use limits::{Limited, Scarce};
 pub use module::Module;
 pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
 pub use placement::{Backing, Placement, Prefault};
@@ -81,6 +88,12 @@ pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,
 };
+pub use supervisor::events::{SupervisorEvent, SupervisorEventData};
+pub use supervisor::restart::{Restart, RestartPolicy};
+pub use supervisor::retry::Retry;
+pub use supervisor::snapshot::{SessionSnapshot, SupervisorSnapshot, WorkerSnapshot};
+pub use supervisor::start::BoxError;
+pub use supervisor::{OnFull, SessionRequest, Supervisor, SupervisorBuilder, Topology};
 pub use worker::{
     OUTPUT_TAIL_BYTES, OnDeadline, Output, WORKER_VARIABLE, WaitPolicy, Worker, WorkerBuilder, WorkerEvent,
 };

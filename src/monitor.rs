@@ -95,6 +95,14 @@ pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> 
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Tells the host's tracing subscriber, which is the user's code: should it panic, nothing is lost but what it was told. The monitor has to go on.
+pub(crate) fn guarded(tell: impl FnOnce()) {
+    if let Err(panic) = std::panic::catch_unwind(std::panic::AssertUnwindSafe(tell)) {
+        // Dropping a payload can panic too.
+        std::mem::forget(panic);
+    }
+}
+
 /// The runtime of this process, started on first use.
 pub(crate) fn runtime() -> Result<&'static Runtime, StartError> {
     static RUNTIME: Mutex<Option<&'static Runtime>> = Mutex::new(None);

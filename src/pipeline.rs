@@ -6,7 +6,7 @@
 //! **Law.** At most [`PIPELINE_DEPTH`] calls are without a received reply, so a record that is written is one that the worker is done with. What a reply holds is a number from an
 //! untrusted process, copied once. A reply is looked for by its turn; anything that is neither it nor what stood there before is a breach.
 
-use crate::call::{Errno, Function, FunctionType, WithErrno, word_index};
+use crate::call::{Errno, Function, FunctionType, Param, Returned, WithErrno, word_index};
 use crate::error::{CallError, FunctionName};
 use crate::monitor::lock;
 use crate::session::{Block, RemotePtr, SessionInner};
@@ -50,6 +50,11 @@ impl StreamBooks {
 }
 
 impl SessionInner {
+    /// How many requests of the stream are not over, or were answered and not received.
+    pub(crate) fn stream_in_flight(&self) -> u64 {
+        self.stream.sent().saturating_sub(self.oldest_of_stream())
+    }
+
     /// The number below which all calls of the stream are over.
     pub(crate) fn oldest_of_stream(&self) -> u64 {
         let sent = self.stream.sent();
@@ -133,11 +138,7 @@ use sealed::Sealed;
     label = "not one word",
     note = "bytes and strings go through a pipeline in a `Block`, which stays where it is, or by `Function::submit`"
 )]
-pub trait WordParam: crate::call::Param + Sealed {
-    #[doc(hidden)]
-    fn word(value: Self::Value<'_>, record: &StreamRecord<'_>, name: &FunctionName)
-    -> Result<u64, CallError>;
-}
+pub trait WordParam: Param + Sealed {}
 
 /// A result type that is one word, as calls through a [`Pipeline`] give them: `()`, the integer and float types, `bool`, [`RemotePtr`], and [`WithErrno`] of these.
 #[diagnostic::on_unimplemented(
@@ -145,90 +146,28 @@ pub trait WordParam: crate::call::Param + Sealed {
     label = "not one word",
     note = "a returned string comes through `Function::call` and `Function::submit`"
 )]
-pub trait WordReturned: crate::call::Returned + Sealed {
+pub trait WordReturned: Returned + Sealed {
     #[doc(hidden)]
-    fn value(record: &StreamRecord<'_>) -> Self::Output;
+    #[inline(always)]
+    fn value(record: &StreamRecord<'_>) -> Self::Output {
+        Self::from_word(record.record.word(0), record.session)
+    }
 }
 
 macro_rules! words {
-    ($($t:ident: $to:expr, $from:expr;)+) => {$(
+    ($($t:ident)+) => {$(
         impl Sealed for $t {}
-        impl WordParam for $t {
-            #[inline(always)]
-            fn word(value: $t, _: &StreamRecord<'_>, _: &FunctionName) -> Result<u64, CallError> {
-                let to: fn($t) -> u64 = $to;
-                Ok(to(value))
-            }
-        }
-        impl WordReturned for $t {
-            #[inline(always)]
-            fn value(record: &StreamRecord<'_>) -> $t {
-                let from: fn(u64) -> $t = $from;
-                from(record.record.word(0))
-            }
-        }
+        impl WordParam for $t {}
+        impl WordReturned for $t {}
     )+};
 }
-// Signed integers are extended by their sign, as the ABI wants them in a register; the bits above a result's type are unspecified.
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_possible_wrap)]
-mod conversions {
-    use super::*;
-    words! {
-        i8: |v| i64::from(v) as u64, |w| w as i8;
-        i16: |v| i64::from(v) as u64, |w| w as i16;
-        i32: |v| i64::from(v) as u64, |w| w as i32;
-        i64: |v| v as u64, |w| w as i64;
-        isize: |v| v as i64 as u64, |w| w as isize;
-        u8: u64::from, |w| w as u8;
-        u16: u64::from, |w| w as u16;
-        u32: u64::from, |w| w as u32;
-        u64: |v| v, |w| w;
-        usize: |v| v as u64, |w| w as usize;
-        bool: u64::from, |w| w & 0xff != 0;
-        f32: |v| u64::from(v.to_bits()), |w| f32::from_bits(w as u32);
-        f64: f64::to_bits, f64::from_bits;
-    }
-}
-
+words! { i8 i16 i32 i64 isize u8 u16 u32 u64 usize bool f32 f64 RemotePtr }
 impl Sealed for () {}
-impl WordReturned for () {
-    #[inline(always)]
-    fn value(_: &StreamRecord<'_>) {}
-}
-
-impl Sealed for RemotePtr {}
-impl WordParam for RemotePtr {
-    #[inline(always)]
-    fn word(value: RemotePtr, record: &StreamRecord<'_>, name: &FunctionName) -> Result<u64, CallError> {
-        record.session.address_of(value, || name.clone())
-    }
-}
-impl WordReturned for RemotePtr {
-    #[inline(always)]
-    fn value(record: &StreamRecord<'_>) -> RemotePtr {
-        record.session.pointer(record.record.word(0))
-    }
-}
-
+impl WordReturned for () {}
 impl Sealed for Block {}
-impl WordParam for Block {
-    #[inline(always)]
-    fn word(value: &Block, record: &StreamRecord<'_>, name: &FunctionName) -> Result<u64, CallError> {
-        if value.session_id() == record.session.id() {
-            Ok(value.pointer().address())
-        } else {
-            Err(CallError::ForeignPointer { function: name.clone() })
-        }
-    }
-}
-
+impl WordParam for Block {}
 impl Sealed for Option<Block> {}
-impl WordParam for Option<Block> {
-    #[inline(always)]
-    fn word(value: Option<&Block>, record: &StreamRecord<'_>, name: &FunctionName) -> Result<u64, CallError> {
-        value.map_or(Ok(0), |block| Block::word(block, record, name))
-    }
-}
+impl WordParam for Option<Block> {}
 
 impl<R> Sealed for WithErrno<R> {}
 impl<R: WordReturned> WordReturned for WithErrno<R> {
@@ -266,7 +205,7 @@ impl<F: Pipelined> Function<F> {
         if session.is_forked() {
             return Err(CallError::Forked); // the lock may be held for ever, by a thread that was not forked
         }
-        take(session, function.timeout, &function.name)?;
+        take(session, function.target.timeout, &function.target.name)?;
         // From here on dropping the pipeline gives the stream back.
         let spin = Spin::new(session.options.wait_policy());
         let position = session.stream.sent();
@@ -346,7 +285,7 @@ pub struct Pipeline<F: Pipelined> {
 impl<F: Pipelined> Pipeline<F> {
     fn start(&mut self) -> Result<(), CallError> {
         let (session, function) = (&*self.function.session, &self.function);
-        let name = || FunctionName::clone(&function.name);
+        let name = || FunctionName::clone(&function.target.name);
         let (committed, end) = {
             let owner = lock(&session.stream.owner);
             (owner.committed, owner.end)
@@ -361,16 +300,17 @@ impl<F: Pipelined> Pipeline<F> {
         if let Some(end) = end {
             if !session.region.stream().has_reply(end) {
                 // Whichever barrier was agreed on: a fence beside the other side's barrier is right too, and a sleep is short in any case.
-                let waited = session.stream_wait(end, 0, Barrier::available(), &self.spin, function.timeout);
+                let waited =
+                    session.stream_wait(end, 0, Barrier::available(), &self.spin, function.target.timeout);
                 if waited != Waited::Replied {
                     let forgotten = session.label_name(session.stream.label.load(Relaxed));
-                    return Err(session.stream_lost(waited, end, &forgotten, function.timeout));
+                    return Err(session.stream_lost(waited, end, &forgotten, function.target.timeout));
                 }
             }
             lock(&session.stream.owner).end = None;
         }
         session.stream.received.store(self.sent, Release);
-        session.stream.label.store(function.label, Relaxed);
+        session.stream.label.store(function.target.label, Relaxed);
         match session.fixed(STREAM, &[self.sent, Barrier::available() as u64], "pipeline")? {
             [OK, barrier] => self.barrier = Barrier::from_word(barrier),
             _ => return Err(session.wrong_answer(&session.own_name("pipeline"))),
@@ -406,7 +346,7 @@ impl<F: Pipelined> Pipeline<F> {
         let function = &self.function;
         let session = &*function.session;
         if !session.is_open() {
-            session.refuse(&|| FunctionName::clone(&function.name))?;
+            session.refuse(&|| FunctionName::clone(&function.target.name))?;
         }
         let position = self.sent;
         if position - self.received >= PIPELINE_DEPTH {
@@ -414,8 +354,8 @@ impl<F: Pipelined> Pipeline<F> {
         }
         let stream = session.region.stream();
         let record = StreamRecord { record: stream.request(position), session };
-        F::encode_words(values, &record, &function.name)?;
-        send(session, stream, position, function.index, self.barrier);
+        F::encode_words(values, &record, &function.target.name)?;
+        send(session, stream, position, function.target.index, self.barrier);
         self.sent = position + 1;
         Ok(())
     }
@@ -451,10 +391,11 @@ impl<F: Pipelined> Pipeline<F> {
     fn wait(&mut self) -> Result<(), CallError> {
         let (session, function) = (&*self.function.session, &self.function);
         let (position, others) = (self.received, self.sent - self.received);
-        match session.stream_wait(position, others, self.barrier, &self.spin, function.timeout) {
+        match session.stream_wait(position, others, self.barrier, &self.spin, function.target.timeout) {
             Waited::Replied => Ok(()),
             waited => {
-                let error = session.stream_lost(waited, position, &function.name, function.timeout);
+                let error =
+                    session.stream_lost(waited, position, &function.target.name, function.target.timeout);
                 // This call has its outcome; the next one is the next.
                 self.received = position + 1;
                 session.stream.received.store(position + 1, Release);
@@ -488,6 +429,11 @@ fn send(session: &SessionInner, stream: &Stream, position: u64, function: u32, b
     session.stream.sent.store(position + 1, Release);
     stream.publish(position, function);
     session.region.sleepers().wake_worker(barrier, session.region.bell());
+}
+
+#[cold]
+fn foreign(name: &FunctionName) -> CallError {
+    CallError::ForeignPointer { function: name.clone() }
 }
 
 #[cold]
@@ -572,7 +518,7 @@ macro_rules! arities {
             ) -> Result<(), CallError> {
                 $(record.record.set_word(
                     const { word_index(<Self as FunctionType>::TYPES, $i) },
-                    $P::word(values.$i, record, name)?,
+                    <$P as Param>::word(&values.$i, record.session).ok_or_else(|| foreign(name))?,
                 );)*
                 Ok(())
             }

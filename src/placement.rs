@@ -208,7 +208,7 @@ fn explain(wanted: &Wanted, failure: Failure, place: &'static str) -> StartError
         0 => io::Error::other("the kernel said yes and did something else"),
         errno => io::Error::from_raw_os_error(errno),
     };
-    StartError::Placement { option, given, place, source, advice }
+    StartError::Placement { option, given, place, source: source.into(), advice }
 }
 
 #[cfg(test)]

@@ -10,9 +10,12 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::latencies::{Counters, Latencies, Recorder};
+use crate::module::Resolved;
 use crate::monitor::lock;
 use crate::pipeline::StreamBooks;
 use crate::placement::{self, Placement};
+use crate::supervisor::Place;
 use crate::turns::{self, Turns};
 use crate::worker::{OnDeadline, WaitPolicy, Worker, WorkerInner, WorkerOwner, printable};
 use crossbeam_utils::CachePadded;
@@ -35,7 +38,7 @@ use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
     Ordering::SeqCst, compiler_fence,
 };
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How a session is opened. Every option has a default; give it to [`Worker::session_with`].
@@ -50,6 +53,8 @@ pub struct SessionBuilder {
     string_bytes_max: u64,
     stack_bytes: u64,
     pub(crate) placement: Wanted,
+    pub(crate) limits: crate::limits::SessionLimits,
+    latencies: bool,
 }
 
 impl Default for SessionBuilder {
@@ -63,6 +68,8 @@ impl Default for SessionBuilder {
             string_bytes_max: 16 << 20,
             stack_bytes: 8 << 20,
             placement: Wanted::default(),
+            limits: crate::limits::SessionLimits::default(),
+            latencies: false,
         }
     }
 }
@@ -115,6 +122,12 @@ impl SessionBuilder {
         self
     }
 
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    pub fn latencies(mut self, measure: bool) -> Self {
+        self.latencies = measure;
+        self
+    }
+
     pub(crate) fn check(&self) -> Result<(), StartError> {
         let bad = |option, given: u64, expected| {
             Err(StartError::Configuration { option, given: given.to_string(), expected })
@@ -132,7 +145,8 @@ impl SessionBuilder {
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
         }
-        placement::check(&self.placement, self.payload_bytes_max)
+        placement::check(&self.placement, self.payload_bytes_max)?;
+        self.limits.check()
     }
 
     pub(crate) fn call_timeout(&self) -> Duration {
@@ -169,6 +183,8 @@ pub struct Session {
 /// Closes the session when dropped.
 #[derive(Debug)]
 pub(crate) struct SessionOwner {
+    /// Its place with a supervisor. Before the session: when it is given back the session's calls are counted.
+    place: OnceLock<Place>,
     pub(crate) inner: Arc<SessionInner>,
     worker: Arc<WorkerOwner>,
     placement: Placement,
@@ -211,10 +227,12 @@ impl Session {
             stack_bytes: inner.options.stack_bytes,
             placement: inner.options.placement,
         };
+        worker.inner.limit_session(&inner)?;
         let (address, placed) = worker.inner.open_session(&inner, inner.region_fd.as_fd(), &request)?;
         inner.arena_address.store(address, Relaxed);
         let placement = Placement::new(host, placed);
-        Ok(Session { owner: Arc::new(SessionOwner { inner, worker: Arc::clone(worker), placement }) })
+        let place = OnceLock::new();
+        Ok(Session { owner: Arc::new(SessionOwner { place, inner, worker: Arc::clone(worker), placement }) })
     }
 
     /// Loads a module. Its constructors run now, in the worker, within the session's deadline.
@@ -228,6 +246,17 @@ impl Session {
     /// The worker that this session is in.
     pub fn worker(&self) -> Worker {
         Worker { owner: Arc::clone(&self.owner.worker) }
+    }
+
+    /// How long calls took up to now; `None` unless [`SessionBuilder::latencies`] is on. Any thread may ask at any time, also when the session is closed or its worker dead; calls go
+    /// on meanwhile.
+    pub fn latencies(&self) -> Option<Latencies> {
+        self.owner.inner.latencies().map(Recorder::read)
+    }
+
+    /// How many requests were sent, and how the waits for them ended. Always counted, since only waits that are long already are. Any thread may ask at any time; calls go on meanwhile.
+    pub fn counters(&self) -> Counters {
+        self.owner.inner.counters()
     }
 
     /// What became of the options for where the session runs and on which memory, when it was opened.
@@ -246,12 +275,22 @@ impl Session {
     /// Allocates `bytes` zeroed bytes of worker memory. They are freed by [`Session::free`], or with the session.
     ///
     /// # Errors
-    /// [`CallError::OutOfMemory`], and those of any call.
+    /// [`CallError::OutOfMemory`], [`CallError::TooManyBlocks`], and those of any call.
     pub fn alloc(&self, bytes: u64) -> Result<RemotePtr, CallError> {
         let inner = &self.owner.inner;
+        // Counted before it is asked for, so that threads which ask at the same time do not get one too many. A request that is lost stays counted: nobody knows its outcome.
+        let max = inner.options.limits.remote_blocks;
+        let counted =
+            inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| (blocks < max).then_some(blocks + 1));
+        if counted.is_err() {
+            return Err(CallError::TooManyBlocks { max });
+        }
         match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc")? {
             [fixed::OK, address] => Ok(inner.pointer(address)),
-            _ => Err(CallError::OutOfMemory { bytes }),
+            _ => {
+                inner.blocks.fetch_sub(1, Relaxed);
+                Err(CallError::OutOfMemory { bytes })
+            }
         }
     }
 
@@ -263,7 +302,11 @@ impl Session {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("free"))?;
         match inner.fixed(fixed::FREE, &[address], "free")? {
-            [fixed::OK, _] => Ok(()),
+            [fixed::OK, _] => {
+                // A hostile worker may free what it never gave.
+                let _ = inner.blocks.fetch_update(Relaxed, Relaxed, |blocks| blocks.checked_sub(1));
+                Ok(())
+            }
             _ => Err(CallError::UnknownBlock { address }),
         }
     }
@@ -333,7 +376,19 @@ impl Session {
     /// As for any call; the session is unusable all the same. Only after [`CallError::Abandoned`] it is still open: it can be closed when the abandoned
     /// call has returned, or dropped, and is then closed by itself.
     pub fn close(&self) -> Result<(), CallError> {
-        self.owner.inner.close()
+        let closed = self.owner.inner.close();
+        if let Some(place) = self.owner.place.get()
+            && self.owner.inner.is_over()
+        {
+            place.closed(&self.worker());
+        }
+        closed
+    }
+
+    /// Gives the session its place with a supervisor.
+    pub(crate) fn take_place(&self, place: Place) {
+        let seated = self.owner.place.set(place);
+        debug_assert!(seated.is_ok(), "a session is placed once");
     }
 
     pub(crate) fn inner(&self) -> &Arc<SessionInner> {
@@ -478,10 +533,13 @@ impl Drop for Block {
     }
 }
 
-const OPEN: u32 = 0;
-const DEAD: u32 = 1;
-const ABANDONED: u32 = 2;
-const CLOSED: u32 = 3;
+/// The session's states. The first is what [`sys::original_process`] holds in the process that opened it, and none is what it holds in a fork, so that one comparison of the two
+/// tells whether calls can be made.
+const OPEN: u32 = sys::ORIGINAL;
+const DEAD: u32 = 2;
+const ABANDONED: u32 = 3;
+const CLOSED: u32 = 4;
+const _: () = assert!(OPEN != 0 && OPEN != DEAD && OPEN != ABANDONED && OPEN != CLOSED);
 
 /// The direct slot's private books.
 ///
@@ -584,7 +642,7 @@ pub(crate) enum Lane {
 
 /// Where an abandoned call's reply will come.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Place {
+pub(crate) enum ReplyPlace {
     Slot(Lane),
     /// In the stream, at this position.
     Stream(u64),
@@ -592,7 +650,7 @@ pub(crate) enum Place {
 
 #[derive(Debug)]
 struct AbandonedCall {
-    place: Place,
+    place: ReplyPlace,
     block: Option<ArenaBlock>,
     function: FunctionName,
     /// It ends the session's thread when it returns.
@@ -605,10 +663,15 @@ pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 /// The label of whatever the session does on its own account.
 const OWN_LABEL: u32 = 0;
 
+/// In place of the fork marker: no call is a plain one.
+static MEASURED: AtomicU32 = AtomicU32::new(0);
+
 /// The host's half of a session, shared by its handles and the monitor.
-pub(crate) struct SessionInner {
+pub struct SessionInner {
     me: Weak<SessionInner>,
     status: AtomicU32,
+    /// 1 where the way of a plain call may be taken: as `original`, and always 0 where calls are measured.
+    plain: &'static AtomicU32,
     original: &'static AtomicU32,
     pub(crate) region: Region,
     arena_address: AtomicU64,
@@ -627,8 +690,11 @@ pub(crate) struct SessionInner {
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
     directory: Mutex<()>,
+    /// Blocks that `alloc` gave and `free` did not take back.
+    blocks: AtomicU64,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
     resolved: Mutex<FxHashMap<ResolveKey, u32>>,
+    latencies: Option<Recorder>,
     id: u32,
     pub(crate) options: SessionBuilder,
     region_fd: OwnedFd,
@@ -656,7 +722,9 @@ impl SessionInner {
         Self {
             me,
             status: AtomicU32::new(OPEN),
+            plain: if options.latencies { &MEASURED } else { sys::original_process() },
             original: sys::original_process(),
+            latencies: options.latencies.then(Recorder::new),
             arena: Mutex::new(Arena::with_committed(
                 region.geometry().arena_bytes,
                 options.placement.committed_bytes(),
@@ -675,6 +743,7 @@ impl SessionInner {
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
             directory: Mutex::default(),
+            blocks: AtomicU64::new(0),
             resolved: Mutex::default(),
             id,
             options,
@@ -689,6 +758,21 @@ impl SessionInner {
 
     pub(crate) fn own_name(&self, what: &str) -> FunctionName {
         FunctionName { module: "the session".into(), symbol: what.into() }
+    }
+
+    /// Where calls are measured: what measures them.
+    #[inline(always)]
+    pub(crate) fn latencies(&self) -> Option<&Recorder> {
+        self.latencies.as_ref()
+    }
+
+    fn counters(&self) -> Counters {
+        let (spun, parked) = self.spin.waits();
+        let (worker_spun, worker_parked) = self.region.progress().waits();
+        let direct = self.direct.published.load(Relaxed);
+        // In a fork the lock may be held for ever, by a thread that was not forked.
+        let ring = if self.is_forked() { 0 } else { lock(&self.ring).published };
+        Counters { requests: direct + ring + self.stream.sent(), spun, parked, worker_spun, worker_parked }
     }
 
     /// The label by which reports find a function's name. The same name has the same label.
@@ -718,11 +802,13 @@ impl SessionInner {
         pointer: RemotePtr,
         function: impl FnOnce() -> FunctionName,
     ) -> Result<u64, CallError> {
-        if pointer.session == self.id || pointer.is_null() {
-            Ok(pointer.address)
-        } else {
-            Err(CallError::ForeignPointer { function: function() })
-        }
+        self.address_here(pointer).ok_or_else(|| CallError::ForeignPointer { function: function() })
+    }
+
+    /// A pointer's address; `None` if it is another session's.
+    #[inline(always)]
+    pub(crate) fn address_here(&self, pointer: RemotePtr) -> Option<u64> {
+        (pointer.session == self.id || pointer.is_null()).then_some(pointer.address)
     }
 
     fn address_at(&self, offset: u64) -> u64 {
@@ -738,8 +824,22 @@ impl SessionInner {
     /// stalls on that for longer than everything else here takes.
     #[inline(always)]
     pub(crate) fn claim_direct(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct(self.plain)?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// [`SessionInner::claim_direct`] for a call that is measured, which is no plain one.
+    #[inline(always)]
+    pub(crate) fn claim_direct_measured(&self) -> Option<Frame<'_>> {
+        let sequence = self.take_direct(self.original)?;
+        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+    }
+
+    /// Takes the direct slot if that is possible at once, and gives the number of its next request. `may` is the fork marker, or what stands in its place.
+    #[inline(always)]
+    fn take_direct(&self, may: &AtomicU32) -> Option<u64> {
         // Both are facts of this process; together one branch.
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != may.load(Relaxed) {
             return None;
         }
         let direct = &self.direct;
@@ -755,8 +855,56 @@ impl SessionInner {
             direct.busy.store(UNSURE, Relaxed);
             return None;
         }
-        let sequence = self.direct.published.load(Relaxed) + 1;
-        Some(Frame::new(self, Lane::Direct, self.region.direct(), sequence))
+        Some(direct.published.load(Relaxed) + 1)
+    }
+
+    /// A whole call whose arguments and result are plain words, in a straight line: takes the direct slot, lets `words` fill it, publishes, waits, and gives the
+    /// reply's first word. Whatever is not at hand is done elsewhere: a slot that is not to be had at once, a reply that takes long, a call that is lost.
+    ///
+    /// It has no [`Frame`], whose destructor needs it to be in memory: putting it there took half of a call's instructions. Nothing between the claim and the reply can
+    /// panic, and no payload is held, so there is nothing for a destructor to do.
+    #[inline(always)]
+    pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
+        let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
+        let slot = self.region.direct();
+        words(slot);
+        self.publish_direct(slot, target.index, target.label, sequence);
+        if !wait::look_for_reply(slot, &self.spin)
+            && let Some(error) = self.wait_straight(target, sequence)
+        {
+            return Straight::Failed(error);
+        }
+        let word = slot.word(0);
+        self.direct.busy.store(FREE, Release);
+        Straight::Replied(word)
+    }
+
+    /// The rest of a straight call whose reply was not there at the first looks. What comes back fits a register.
+    #[cold]
+    #[inline(never)]
+    fn wait_straight(&self, target: &Target, sequence: u64) -> Option<Box<CallError>> {
+        let mut frame = Frame::new(self, Lane::Direct, self.region.direct(), sequence);
+        frame.stage = Stage::Published;
+        let waited = frame.wait_slowly(target.timeout);
+        if waited != Waited::Replied {
+            let name = FunctionName::clone(&target.name);
+            return Some(Box::new(frame.lost(waited, target.timeout, name)));
+        }
+        // The slot stays taken until the caller has read the reply.
+        std::mem::forget(frame);
+        None
+    }
+
+    /// Hands the direct slot's request over, and keeps the books.
+    #[inline(always)]
+    fn publish_direct(&self, slot: &Slot, function: u32, label: u32, sequence: u64) {
+        slot.set_function(function, 0);
+        // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
+        // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
+        wait::publish_then(slot, self.region.bell(), || {
+            self.direct.label.store(label, Relaxed);
+            self.direct.published.store(sequence, Release); // SYNC books
+        });
     }
 
     /// Takes a slot for a blocking call, waiting at most `timeout` for one if all are taken.
@@ -765,12 +913,12 @@ impl SessionInner {
         timeout: Duration,
         function: impl Fn() -> FunctionName,
     ) -> Result<Frame<'_>, CallError> {
-        if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+        if self.status.load(Acquire) != self.original.load(Relaxed) {
             self.refuse(&function)?;
         }
         self.take_turns(timeout);
         if self.move_home()
-            && let Some(frame) = self.claim_direct()
+            && let Some(frame) = self.claim_direct_measured()
         {
             return Ok(frame);
         }
@@ -930,7 +1078,7 @@ impl SessionInner {
     ) -> Result<Frame<'_>, CallError> {
         let mut since = None;
         loop {
-            if self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) != 0 {
+            if self.status.load(Acquire) != self.original.load(Relaxed) {
                 self.refuse(&function)?;
             }
             if let Some(frame) = self.try_claim_ring() {
@@ -1040,14 +1188,14 @@ impl SessionInner {
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
                     let returned = match call.place {
-                        Place::Slot(lane) => self.slot(lane).turn() == Turn::Reply,
-                        Place::Stream(position) => self.region.stream().has_reply(position),
+                        ReplyPlace::Slot(lane) => self.slot(lane).turn() == Turn::Reply,
+                        ReplyPlace::Stream(position) => self.region.stream().has_reply(position),
                     };
                     if !returned {
                         return true;
                     }
                     closed |= call.closes;
-                    if let Place::Slot(lane) = call.place {
+                    if let ReplyPlace::Slot(lane) = call.place {
                         self.release(lane);
                     }
                     if let Some(block) = call.block.take() {
@@ -1082,7 +1230,7 @@ impl SessionInner {
     }
 
     /// Leaves what `place` names to a call that passed its deadline, until it returns.
-    fn abandon(&self, place: Place, block: Option<ArenaBlock>, function: FunctionName, closes: bool) {
+    fn abandon(&self, place: ReplyPlace, block: Option<ArenaBlock>, function: FunctionName, closes: bool) {
         lock(&self.abandoned).push(AbandonedCall { place, block, function, closes });
         // Fails if the session is abandoned already, or dead.
         let _ = self.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
@@ -1095,7 +1243,7 @@ impl SessionInner {
             let cause = Cause::DeadlineExceeded { function: function.clone(), after };
             self.worker.end(cause, Some(self.id));
         } else {
-            self.abandon(Place::Stream(position), None, function.clone(), false);
+            self.abandon(ReplyPlace::Stream(position), None, function.clone(), false);
         }
         worker_killed
     }
@@ -1113,9 +1261,16 @@ impl SessionInner {
             (true, true) => Involvement::Culprit,
             (true, false) => Involvement::Bystander,
         };
-        let disposed = death.cause == Cause::Disposed;
         let report = Box::new(CrashReport { death, function, involvement });
-        if disposed { CallError::Disposed(report) } else { CallError::Crashed(report) }
+        // A limit's own error is for the call that exceeded it, or, where nobody can tell which did, for each that ran.
+        let blamed = taken && (involvement == Involvement::Culprit || report.death.culprit.is_none());
+        match report.cause() {
+            Cause::Disposed => CallError::Disposed(report),
+            Cause::CpuTimeExceeded { .. } if blamed => CallError::CpuTimeExceeded(report),
+            Cause::MemoryExceeded { .. } if blamed => CallError::MemoryExceeded(report),
+            Cause::FileSizeExceeded { .. } if blamed => CallError::FileSizeExceeded(report),
+            _ => CallError::Crashed(report),
+        }
     }
 
     // Called by the monitor when the worker has ended.
@@ -1356,6 +1511,27 @@ impl SessionInner {
         self.death_error(Some(name.clone()), true)
     }
 
+    /// How many calls are over, and how many are in flight or were not yet waited for. From the host's own books, but for the direct slot's turn; read while calls go on.
+    pub(crate) fn calls(&self) -> (u64, u64) {
+        let mut ring = lock(&self.ring);
+        if self.is_over() {
+            return (self.direct.published.load(Relaxed) + ring.published + self.stream.sent(), 0);
+        }
+        // Slots of dropped tickets whose calls are over.
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Relaxed)).count() as u64;
+        let direct = u64::from(self.region.direct().turn() == Turn::Pending);
+        // The slot at the tail is busy and has no call in it.
+        let in_flight = busy.saturating_sub(1) + direct + self.stream_in_flight();
+        let published = self.direct.published.load(Relaxed) + ring.published + self.stream.sent();
+        (published.saturating_sub(in_flight), in_flight)
+    }
+
+    /// Whether it was closed, or its worker has ended.
+    fn is_over(&self) -> bool {
+        matches!(self.status.load(Acquire), CLOSED | DEAD)
+    }
+
     /// Asks the session's thread to end, and waits for it at most the worker's grace period. If the thread is busy with something longer it ends when that does, and
     /// the worker is left alone: nobody asked for anything of it.
     fn close_politely(&self) {
@@ -1434,6 +1610,7 @@ pub(crate) fn load_failure(kind: FailureKind, detail: &str, function: FunctionNa
         FailureKind::MissingImport => LoadError::MissingImport { module, detail },
         FailureKind::MissingSymbol => LoadError::MissingSymbol { function, detail },
         FailureKind::BadSignature => LoadError::BadSignature { function, detail },
+        FailureKind::OpenFiles => LoadError::OpenFilesExceeded { module, detail },
         FailureKind::TooManyFunctions => LoadError::TooManyFunctions { function, detail },
         _ => LoadError::Linker { module, detail },
     }
@@ -1472,6 +1649,32 @@ enum Stage {
     Replied,
     /// The slot is not ours any more: its worker is dead, or it was abandoned to its call.
     Lost,
+}
+
+/// What a call calls: the half of a function's handle that the session needs.
+#[derive(Clone, Debug)]
+pub(crate) struct Target {
+    pub(crate) index: u32,
+    pub(crate) label: u32,
+    pub(crate) timeout: Duration,
+    pub(crate) name: Arc<FunctionName>,
+}
+
+impl Target {
+    pub(crate) fn new(resolved: Resolved, timeout: Duration) -> Self {
+        let Resolved { index, label, name } = resolved;
+        Self { index, label, timeout, name }
+    }
+}
+
+/// What became of [`SessionInner::call_straight`]. Small, so that it travels in registers.
+pub(crate) enum Straight {
+    /// The reply's first word. Untrusted.
+    Replied(u64),
+    /// The direct slot is not to be had at once, and nothing has been done.
+    Elsewhere,
+    /// The call is lost.
+    Failed(Box<CallError>),
 }
 
 /// One call's claim on a slot and on payload bytes. Given back when dropped, whatever happened.
@@ -1606,13 +1809,7 @@ impl<'s> Frame<'s> {
         self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                self.slot.set_function(function, 0);
-                // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
-                // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
-                wait::publish_then(self.slot, session.region.bell(), || {
-                    session.direct.label.store(label, Relaxed);
-                    session.direct.published.store(self.sequence, Release); // SYNC books
-                });
+                session.publish_direct(self.slot, function, label, self.sequence);
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);
@@ -1641,8 +1838,16 @@ impl<'s> Frame<'s> {
 
     #[inline(always)]
     fn wait_at_most(&self, timeout: Duration) -> Waited {
+        if wait::look_for_reply(self.slot, &self.session.spin) {
+            return Waited::Replied;
+        }
+        self.wait_slowly(timeout)
+    }
+
+    #[inline(always)]
+    fn wait_slowly(&self, timeout: Duration) -> Waited {
         let session = self.session;
-        wait::wait_reply(
+        wait::wait_reply_slow(
             self.slot,
             &session.spin,
             session.region.bell(),
@@ -1670,7 +1875,7 @@ impl<'s> Frame<'s> {
                         let _ = session.status.compare_exchange(OPEN, DEAD, SeqCst, Relaxed);
                     }
                 } else {
-                    let place = Place::Slot(self.lane);
+                    let place = ReplyPlace::Slot(self.lane);
                     session.abandon(place, self.block.take(), function.clone(), self.closes);
                 }
                 CallError::TimedOut { function, after: timeout, worker_killed }

@@ -1,7 +1,9 @@
 //! `Worker`: one process, its handshake, its end.
 
+use crate::cgroup::Group;
 use crate::crash::{Cause, CrashReport, Death, Involvement};
 use crate::error::{FunctionName, StartError};
+use crate::limits::{Evidence, WorkerLimits};
 use crate::monitor::{self, Runtime, Source, Spawned, lock};
 use crate::placement;
 use crate::session::{Session, SessionBuilder, SessionInner};
@@ -25,7 +27,7 @@ use std::time::{Duration, Instant};
 /// The environment variable that names the worker program when the configuration names none.
 pub const WORKER_VARIABLE: &str = "HOTCELL_WORKER";
 
-/// Captured output that is kept for the crash report, for each of the two streams.
+/// Captured output that is kept, for each of the two streams, unless [`WorkerBuilder::output_bytes_max`] says otherwise.
 pub const OUTPUT_TAIL_BYTES: usize = 8 << 10;
 /// Output pieces that wait for a slow receiver of events; more are dropped.
 const OUTPUT_EVENTS_MAX: usize = 256;
@@ -39,7 +41,7 @@ pub enum Output {
     Inherit,
     /// Nowhere.
     Discard,
-    /// Into the library: the last [`OUTPUT_TAIL_BYTES`] are kept (and, for standard error, shown in crash reports), and each piece is an event to whoever
+    /// Into the library: the last [`OUTPUT_TAIL_BYTES`] are kept, or as many as [`WorkerBuilder::output_bytes_max`] says (and, for standard error, shown in crash reports), and each piece is an event to whoever
     /// [listens](Worker::events). The worker never waits for a reader. The default for both streams.
     #[default]
     Capture,
@@ -79,7 +81,8 @@ pub struct WorkerBuilder {
     stderr: Output,
     start_timeout: Duration,
     grace: Duration,
-    session: SessionBuilder,
+    pub(crate) session: SessionBuilder,
+    pub(crate) limits: WorkerLimits,
 }
 
 impl Default for WorkerBuilder {
@@ -93,6 +96,7 @@ impl Default for WorkerBuilder {
             start_timeout: Duration::from_secs(10),
             grace: Duration::from_secs(1),
             session: SessionBuilder::default(),
+            limits: WorkerLimits::default(),
         }
     }
 }
@@ -179,12 +183,17 @@ impl WorkerBuilder {
         self
     }
 
+    pub(crate) fn session_options(&self) -> &SessionBuilder {
+        &self.session
+    }
+
     /// Starts the worker and waits until it is ready.
     ///
     /// # Errors
     /// See [`StartError`]; nothing is left behind.
     pub fn spawn(self) -> Result<Worker, StartError> {
         self.session.check()?;
+        self.limits.check()?;
         let runtime = monitor::runtime()?;
         let started = Instant::now();
         let (program, mut command) = self.command()?;
@@ -196,7 +205,7 @@ impl WorkerBuilder {
         command.stdin(Stdio::from(worker_end));
         let spawned = runtime
             .spawn(command)
-            .map_err(|source| StartError::Program { program: program.clone(), source })?;
+            .map_err(|source| StartError::Program { program: program.clone(), source: source.into() })?;
         let inner = Arc::new(WorkerInner::new(spawned, host_end, crash_page, program, self));
         if let Err(error) = runtime.add(&inner) {
             // Nobody watches it, so it is ended and collected here.
@@ -209,6 +218,7 @@ impl WorkerBuilder {
         }
         // From here on dropping the owner ends the worker.
         let worker = Worker { owner: Arc::new(WorkerOwner { inner }) };
+        worker.owner.inner.limit()?;
         worker.owner.inner.wait_ready()?;
         tracing::debug!(pid = worker.pid(), elapsed = ?started.elapsed(), "worker started");
         Ok(worker)
@@ -330,12 +340,22 @@ impl Worker {
         self.owner.inner.report()
     }
 
-    /// The last [`OUTPUT_TAIL_BYTES`] of the worker's captured standard output.
+    /// The last of the worker's captured standard output: at most [`output_bytes_max`](WorkerBuilder::output_bytes_max).
     pub fn stdout_tail(&self) -> Vec<u8> {
         lock(&self.owner.inner.stdout_tail).iter().copied().collect()
     }
 
-    /// The last [`OUTPUT_TAIL_BYTES`] of the worker's captured standard error.
+    /// Bytes of captured standard output that were dropped before what [`Worker::stdout_tail`] has.
+    pub fn stdout_dropped(&self) -> u64 {
+        self.owner.inner.stdout_dropped.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of captured standard error that were dropped before what [`Worker::stderr_tail`] has.
+    pub fn stderr_dropped(&self) -> u64 {
+        self.owner.inner.stderr_dropped.load(Ordering::Relaxed)
+    }
+
+    /// The last of the worker's captured standard error: at most [`output_bytes_max`](WorkerBuilder::output_bytes_max).
     pub fn stderr_tail(&self) -> Vec<u8> {
         lock(&self.owner.inner.stderr_tail).iter().copied().collect()
     }
@@ -352,13 +372,8 @@ impl Worker {
     /// Calls in flight end with [`CallError::Disposed`](crate::CallError::Disposed). Disposing again does nothing. Any thread may call it, an
     /// event handler too.
     pub fn dispose(&self) {
-        let inner = &self.owner.inner;
-        inner.begin_dispose();
-        if sys::original_process().load(Ordering::Relaxed) == 0 {
-            return;
-        }
-        let patience = inner.grace.saturating_add(Duration::from_secs(10));
-        inner.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
+        self.owner.inner.begin_dispose();
+        self.owner.inner.wait_disposed();
     }
 }
 
@@ -376,6 +391,7 @@ type Answer = Result<(u64, Placed), Refusal>;
 
 #[derive(Debug)]
 enum Refusal {
+    Scarce(control::Scarce),
     Other(String),
     Placement(Failure),
 }
@@ -400,6 +416,9 @@ pub(crate) struct WorkerInner {
     start_timeout: Duration,
     grace: Duration,
     session_defaults: SessionBuilder,
+    limits: WorkerLimits,
+    /// Its control group, if it needs one, until it has ended.
+    group: Mutex<Option<Group>>,
     /// The first reason for which the host ended it.
     verdict: OnceLock<Verdict>,
     death: OnceLock<Arc<Death>>,
@@ -409,6 +428,8 @@ pub(crate) struct WorkerInner {
     sessions: Mutex<HashMap<u32, Weak<SessionInner>>>,
     stdout_tail: Mutex<VecDeque<u8>>,
     stderr_tail: Mutex<VecDeque<u8>>,
+    stdout_dropped: AtomicU64,
+    stderr_dropped: AtomicU64,
     listeners: Mutex<Vec<Listener>>,
 }
 
@@ -448,6 +469,8 @@ impl WorkerInner {
             start_timeout: config.start_timeout,
             grace: config.grace,
             session_defaults: config.session,
+            limits: config.limits,
+            group: Mutex::default(),
             verdict: OnceLock::new(),
             death: OnceLock::new(),
             disposing: AtomicBool::new(false),
@@ -456,6 +479,8 @@ impl WorkerInner {
             sessions: Mutex::default(),
             stdout_tail: Mutex::default(),
             stderr_tail: Mutex::default(),
+            stdout_dropped: AtomicU64::new(0),
+            stderr_dropped: AtomicU64::new(0),
             listeners: Mutex::default(),
         }
     }
@@ -570,6 +595,36 @@ impl WorkerInner {
         self.wait_inbox(Duration::from_secs(10), |inbox| inbox.dead.then_some(()));
     }
 
+    /// Puts the worker under its limits. Before it loads anything: it opens no session before it has taken them.
+    fn limit(&self) -> Result<(), StartError> {
+        let (group, limits) = self.limits.put_in_force(self.pid)?;
+        *lock(&self.group) = group;
+        if limits == control::WorkerLimits::default() {
+            return Ok(());
+        }
+        self.send_ahead(&ToWorker::LimitWorker(limits))
+    }
+
+    /// Tells the worker the limits of a session that it will be asked for.
+    pub(crate) fn limit_session(&self, session: &SessionInner) -> Result<(), StartError> {
+        let limits = session.options.limits.for_worker();
+        if limits == control::SessionLimits::default() {
+            return Ok(());
+        }
+        self.send_ahead(&ToWorker::LimitSession { session: session.id(), limits })
+    }
+
+    /// Sends what has no answer. A worker that takes nothing any more tells why by its death, which the next question comes upon.
+    fn send_ahead(&self, message: &ToWorker) -> Result<(), StartError> {
+        match socket::send(self.socket.as_fd(), &control::encode(message), None) {
+            Ok(()) => Ok(()),
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+                Ok(())
+            }
+            Err(error) => Err(StartError::system("writing to the control socket", error)),
+        }
+    }
+
     /// Asks the worker for a session and waits for its answer: the address of the arena in the worker, and how the session is placed.
     pub(crate) fn open_session(
         &self,
@@ -608,6 +663,7 @@ impl WorkerInner {
         let refused = match answer {
             Some(Some(Ok(opened))) => return Ok(opened),
             Some(Some(Err(Refusal::Other(reason)))) => StartError::Refused { reason },
+            Some(Some(Err(Refusal::Scarce(what)))) => self.limits.no_room(what),
             Some(Some(Err(Refusal::Placement(failure)))) => {
                 placement::refused(&session.options.placement, failure).unwrap_or_else(|| {
                     self.breach("it refused a placement that was not asked for", Some(id));
@@ -639,7 +695,7 @@ impl WorkerInner {
     /// Ends the worker because it broke the protocol.
     pub(crate) fn breach(&self, what: impl Into<String>, session: Option<u32>) {
         let what = what.into();
-        tracing::warn!(pid = self.pid, what, "worker broke the protocol");
+        monitor::guarded(|| tracing::warn!(pid = self.pid, what, "worker broke the protocol"));
         self.end(Cause::ProtocolBreach { what }, session);
     }
 
@@ -668,6 +724,14 @@ impl WorkerInner {
         }
     }
 
+    /// After [`WorkerInner::begin_dispose`]: until it is gone.
+    pub(crate) fn wait_disposed(&self) {
+        if sys::original_process().load(Ordering::Relaxed) == 1 {
+            let patience = self.grace.saturating_add(Duration::from_secs(10));
+            self.wait_inbox(patience, |inbox| inbox.dead.then_some(()));
+        }
+    }
+
     // What follows runs on the monitor's thread.
 
     /// The process may have ended: collects it, and tells everybody. False if it still runs, or if a process that traces it keeps it.
@@ -690,7 +754,15 @@ impl WorkerInner {
 
     fn ended(&self, status: WaitStatus, usage: sys::Usage) {
         self.drain_output();
-        let facts = CrashRegion::open(self.crash_page.as_fd()).ok().and_then(|region| region.page().read());
+        let page = CrashRegion::open(self.crash_page.as_fd()).ok();
+        let facts = page.as_ref().and_then(|region| region.page().read());
+        let group = lock(&self.group).take();
+        let evidence = Evidence {
+            status,
+            usage: &usage,
+            note: page.as_ref().and_then(|region| region.page().limit()),
+            memory_kills: group.as_ref().map_or(0, Group::memory_kills),
+        };
         let sessions: Vec<Arc<SessionInner>> =
             lock(&self.sessions).values().filter_map(Weak::upgrade).collect();
         let mut running: Vec<(u32, FunctionName)> = Vec::new();
@@ -701,21 +773,40 @@ impl WorkerInner {
         }
         let (cause, blamed) = match self.verdict.get() {
             Some(verdict) => (verdict.cause.clone(), verdict.session),
-            None => (Self::cause_of(status, facts.as_ref()), facts.as_ref().and_then(|f| f.session)),
+            None => {
+                let limits = |id| {
+                    let session = sessions.iter().find(|session| session.id() == id);
+                    session.map_or(&self.session_defaults.limits, |session| &session.options.limits)
+                };
+                let session = facts.as_ref().and_then(|facts| facts.session);
+                match self.limits.exceeded(&evidence, limits) {
+                    Some((cause, noted)) => (cause, noted.or(session)),
+                    None => (Self::cause_of(status, facts.as_ref()), session),
+                }
+            }
         };
+        drop(group);
         let culprit = blamed.or(match (&cause, &running[..]) {
             // The crash handler ran, on a thread of no session: a thread that foreign code has started.
             (Cause::Signaled { .. } | Cause::StackOverflow { .. }, _) if facts.is_some() => None,
+            (Cause::MemoryExceeded { .. } | Cause::FileSizeExceeded { .. }, _) if facts.is_some() => None,
             // With one call running there is only one that can have done it.
-            (Cause::Exited { .. } | Cause::Signaled { .. } | Cause::StackOverflow { .. }, [(session, _)]) => {
-                Some(*session)
-            }
+            (
+                Cause::Exited { .. }
+                | Cause::Signaled { .. }
+                | Cause::StackOverflow { .. }
+                | Cause::MemoryExceeded { .. }
+                | Cause::FileSizeExceeded { .. },
+                [(session, _)],
+            ) => Some(*session),
             _ => None,
         });
         let stderr_tail: Vec<u8> = lock(&self.stderr_tail).iter().copied().collect();
         let stderr_tail = printable(&stderr_tail);
-        tracing::debug!(pid = self.pid, %cause, "worker ended");
-        let death = Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail };
+        monitor::guarded(|| tracing::debug!(pid = self.pid, %cause, "worker ended"));
+        let stderr_dropped = self.stderr_dropped.load(Ordering::Relaxed);
+        let death =
+            Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail, stderr_dropped };
         let _ = self.death.set(Arc::new(death));
         // Callers first: some are spinning.
         for session in &sessions {
@@ -787,6 +878,7 @@ impl WorkerInner {
             ToHost::Refused { session, reason } => {
                 (session, Err(Refusal::Other(printable(reason.as_bytes()))))
             }
+            ToHost::Scarce { session, what } => (session, Err(Refusal::Scarce(what))),
             ToHost::Unplaced { session, failure } => (session, Err(Refusal::Placement(failure))),
         };
         match inbox.opening.get_mut(&session) {
@@ -806,9 +898,9 @@ impl WorkerInner {
 
     /// Reads one piece of output. False at its end.
     fn read_piece(&self, source: Source) -> bool {
-        let (fd, tail) = match source {
-            Source::Stdout => (&self.stdout, &self.stdout_tail),
-            _ => (&self.stderr, &self.stderr_tail),
+        let (fd, tail, dropped) = match source {
+            Source::Stdout => (&self.stdout, &self.stdout_tail, &self.stdout_dropped),
+            _ => (&self.stderr, &self.stderr_tail, &self.stderr_dropped),
         };
         let Some(fd) = fd else { return false };
         let mut buffer = [0u8; 32 << 10];
@@ -820,8 +912,9 @@ impl WorkerInner {
         {
             let mut tail = lock(tail);
             tail.extend(piece);
-            let excess = tail.len().saturating_sub(OUTPUT_TAIL_BYTES);
+            let excess = tail.len().saturating_sub(self.limits.output_bytes);
             tail.drain(..excess);
+            dropped.fetch_add(excess as u64, Ordering::Relaxed);
         }
         if !lock(&self.listeners).is_empty() {
             let piece = piece.to_vec();

@@ -8,9 +8,10 @@
 mod process;
 
 use hotcell::{
-    CallError, DynFunction, Function, In, InOut, Module, Out, Pipeline, Session, WaitPolicy, Worker,
+    CallError, DynFunction, Function, In, InOut, Module, Out, Pipeline, Session, SessionBuilder, WaitPolicy,
+    Worker,
 };
-use process::{isolated_status, library, until, watchdog};
+use process::{isolated, isolated_status, library, until, watchdog};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::os::unix::process::ExitStatusExt;
@@ -224,21 +225,33 @@ impl Calls {
 
 #[test]
 fn calls_allocate_nothing() {
-    let _watchdog = watchdog(120);
-    for policy in [WaitPolicy::Adaptive, WaitPolicy::Spin, WaitPolicy::Park] {
-        let worker = Worker::builder().wait(policy).spawn().unwrap();
-        let mut calls = Calls::new(&worker);
-        calls.warm_up();
-        for (kind, name) in KINDS.iter().enumerate() {
-            let made = allocations_of(|| {
-                for i in 0..1000 {
-                    assert!(calls.make(kind, i));
-                }
-            });
-            assert_eq!(made, 0, "{name} under {policy:?}");
+    // Callers in a crowd take turns, and the first time that a thread waits for its turn it allocates: so no other test may call at the same time.
+    isolated("calls_allocate_nothing", 120, || {
+        for (policy, latencies) in [
+            (WaitPolicy::Adaptive, false),
+            (WaitPolicy::Spin, false),
+            (WaitPolicy::Park, false),
+            (WaitPolicy::Adaptive, true),
+        ] {
+            let options = SessionBuilder::new().wait(policy).latencies(latencies);
+            let worker = Worker::builder().session_defaults(options).spawn().unwrap();
+            let mut calls = Calls::new(&worker);
+            calls.warm_up();
+            for (kind, name) in KINDS.iter().enumerate() {
+                let made = allocations_of(|| {
+                    for i in 0..1000 {
+                        assert!(calls.make(kind, i));
+                    }
+                });
+                assert_eq!(made, 0, "{name} under {policy:?}, measured: {latencies}");
+            }
+            assert_eq!(
+                calls._session.latencies().map(|measured| measured.count() > 500),
+                latencies.then_some(true)
+            );
         }
-    }
-    assert!(allocations_of(|| drop(std::hint::black_box(Box::new(1)))) == 2, "the allocator counts");
+        assert!(allocations_of(|| drop(std::hint::black_box(Box::new(1)))) == 2, "the allocator counts");
+    });
 }
 
 /// A syscall that nothing here makes; stands for "none".

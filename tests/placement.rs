@@ -81,7 +81,9 @@ fn region_bytes(pid: u32, field: &str) -> u64 {
 }
 
 #[track_caller]
-fn refused(opened: Result<Session, StartError>) -> (&'static str, &'static str, io::Error, String) {
+fn refused(
+    opened: Result<Session, StartError>,
+) -> (&'static str, &'static str, std::sync::Arc<std::io::Error>, String) {
     match opened {
         Err(error @ StartError::Placement { .. }) => {
             let text = error.to_string();

@@ -5,7 +5,7 @@ mod faults;
 
 use faults::{Cell, eventually, exited, in_child, is_child, is_gone, next_worker_works, no_children};
 use faults::{open_descriptors, own_threads, watchdog};
-use hotcell::{Cause, StartError, Worker};
+use hotcell::{Cause, Scarce, StartError, Worker};
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ fn start(program: impl Into<PathBuf>) -> Result<Worker, StartError> {
 }
 
 /// The error and its source of a program that the system refuses to run.
-fn not_run(program: &Path) -> std::io::Error {
+fn not_run(program: &Path) -> std::sync::Arc<std::io::Error> {
     match start(program).map(drop) {
         Err(error @ StartError::Program { .. }) => {
             assert!(error.to_string().contains(program.to_str().unwrap()), "{error}");
@@ -195,7 +195,12 @@ fn start_without_descriptors_is_an_error_that_leaves_nothing_and_later_ones_work
                 match session.unwrap() {
                     // Its limit is the one that it was started with, and may be too low to load anything.
                     Ok(session) => session.ping().unwrap(),
-                    Err(StartError::System { .. } | StartError::Refused { .. } | StartError::Died(_)) => {
+                    Err(
+                        StartError::System { .. }
+                        | StartError::Refused { .. }
+                        | StartError::Scarce { what: Scarce::OpenFiles }
+                        | StartError::Died(_),
+                    ) => {
                         sessions_refused += 1;
                     }
                     Err(other) => panic!("{other:?}"),
@@ -213,8 +218,10 @@ fn start_without_descriptors_is_an_error_that_leaves_nothing_and_later_ones_work
                     ),
                     "{error:?}"
                 );
-                let source = std::error::Error::source(&error).map(ToString::to_string);
-                if let Some(source) = source {
+                // The system's own words are the innermost.
+                let first = std::error::Error::source(&error);
+                if let Some(source) = std::iter::successors(first, |error| error.source()).last() {
+                    let source = source.to_string();
                     assert!(source.contains("Too many open files") || source.contains("EMFILE"), "{source}");
                 }
             }

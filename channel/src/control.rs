@@ -136,6 +136,50 @@ pub enum ToWorker {
         /// Where its thread and its memory are to be.
         placement: Wanted,
     },
+    /// Limits of the whole process, before the first session is opened. Only sent if they differ from [`WorkerLimits::default`].
+    LimitWorker(WorkerLimits),
+    /// Limits of a session, before its [`ToWorker::Open`]. Only sent if there are any.
+    LimitSession {
+        /// The session's number.
+        session: u32,
+        /// What it may use.
+        limits: SessionLimits,
+    },
+}
+
+/// What the worker's process limits itself to, before it loads anything. `None`: as the operating system has it for the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerLimits {
+    /// `RLIMIT_DATA`, in bytes beyond what the worker itself has and what its sessions' threads take.
+    pub data_bytes: Option<u64>,
+    /// CPU time of all threads, in nanoseconds.
+    pub cpu_time_ns: Option<u64>,
+    /// `RLIMIT_NOFILE`.
+    pub open_files: Option<u64>,
+    /// `RLIMIT_NPROC`: processes and threads of the whole user.
+    pub user_processes: Option<u64>,
+    /// `RLIMIT_FSIZE`, in bytes.
+    pub file_bytes: Option<u64>,
+    /// `RLIMIT_CORE`, in bytes.
+    pub core_bytes: u64,
+}
+
+/// CPU time of a session's thread, in nanoseconds. `None`: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionLimits {
+    /// In one call.
+    pub cpu_time_per_call_ns: Option<u64>,
+    /// In all.
+    pub cpu_time_ns: Option<u64>,
+}
+
+/// What a session could not have because of a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scarce {
+    /// A descriptor: `RLIMIT_NOFILE`.
+    OpenFiles,
+    /// A thread: `RLIMIT_NPROC` or `pids.max`.
+    Processes,
 }
 
 /// What the worker says after its hello.
@@ -170,6 +214,13 @@ pub enum ToHost {
         session: u32,
         /// Which, and what the kernel said.
         failure: Failure,
+    },
+    /// The session could not be started because of a limit.
+    Scarce {
+        /// The session's number.
+        session: u32,
+        /// Of what there was not enough.
+        what: Scarce,
     },
 }
 

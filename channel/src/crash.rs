@@ -19,7 +19,9 @@
 //!         56  pc u64
 //!         64  sp u64
 //!         72  instruction [u8; 16]                the bytes at pc
-//!         88  reserved [u64; 5]
+//!         88  limit u32    │ limit_session u32    which limit was exceeded: outside of the stages, first writer wins
+//!         96  limit_amount u64
+//!         104 reserved [u64; 3]
 //!         128 frames [frame; 48]
 //!         8960 reserved up to 12288
 //!
@@ -92,7 +94,10 @@ pub struct CrashPage {
     pc: AtomicU64,
     sp: AtomicU64,
     instruction: [AtomicU64; INSTRUCTION_WORDS],
-    reserved_words: [AtomicU64; 5],
+    limit: AtomicU32,
+    limit_session: AtomicU32,
+    limit_amount: AtomicU64,
+    reserved_words: [AtomicU64; 3],
     frames: [FrameCell; FRAMES_MAX],
     reserved_tail: [AtomicU64; TAIL_WORDS],
 }
@@ -127,11 +132,14 @@ const _: () = {
     assert!(offset_of!(CrashPage, pc) == 56);
     assert!(offset_of!(CrashPage, sp) == 64);
     assert!(offset_of!(CrashPage, instruction) == 72);
-    assert!(offset_of!(CrashPage, reserved_words) == 88);
+    assert!(offset_of!(CrashPage, limit) == 88);
+    assert!(offset_of!(CrashPage, limit_session) == 92);
+    assert!(offset_of!(CrashPage, limit_amount) == 96);
+    assert!(offset_of!(CrashPage, reserved_words) == 104);
     assert!(offset_of!(CrashPage, frames) == 128);
     assert!(offset_of!(CrashPage, reserved_tail) == 8960);
     // No padding: the sum of the fields is the page.
-    assert!(12 * 4 + 3 * 8 + 16 + 5 * 8 + FRAMES_MAX * 184 + TAIL_WORDS * 8 == CRASH_PAGE_BYTES);
+    assert!(14 * 4 + 4 * 8 + 16 + 3 * 8 + FRAMES_MAX * 184 + TAIL_WORDS * 8 == CRASH_PAGE_BYTES);
     assert!(size_of::<FrameCell>() == 184);
     assert!(align_of::<FrameCell>() == 8);
     assert!(offset_of!(FrameCell, pc) == 0);
@@ -150,6 +158,42 @@ pub enum Access {
     Write,
     /// It was to be fetched from there: a jump to where no code is.
     Execute,
+}
+
+/// Which limit a worker says it exceeded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exceeded {
+    /// CPU time of one call. The amount is nanoseconds.
+    CallCpuTime,
+    /// CPU time of a session's thread. The amount is nanoseconds.
+    SessionCpuTime,
+    /// CPU time of the process. The amount is nanoseconds.
+    WorkerCpuTime,
+    /// Memory of the process: some was refused. The amount is bytes, 0 if not known.
+    WorkerMemory,
+    /// Memory of a session. The amount is bytes, 0 if not known.
+    SessionMemory,
+}
+
+/// No limit was exceeded.
+const LIMIT_NONE: u32 = 0;
+const LIMIT_CALL_CPU_TIME: u32 = 1;
+const LIMIT_SESSION_CPU_TIME: u32 = 2;
+const LIMIT_WORKER_CPU_TIME: u32 = 3;
+const LIMIT_WORKER_MEMORY: u32 = 4;
+const LIMIT_SESSION_MEMORY: u32 = 5;
+/// A thread is writing which.
+const LIMIT_CLAIMED: u32 = u32::MAX;
+
+/// What a worker says of a limit that it exceeded; see [`CrashPage::note_limit`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LimitNote {
+    /// Which limit.
+    pub exceeded: Exceeded,
+    /// The session whose limit it is, or whose call was running.
+    pub session: Option<u32>,
+    /// How much was used or asked for.
+    pub amount: u64,
 }
 
 /// What the worker knows of a crash before it looks at the stack: the input of [`CrashPage::write_facts`].
@@ -205,7 +249,10 @@ impl CrashPage {
             pc: AtomicU64::new(0),
             sp: AtomicU64::new(0),
             instruction: [const { AtomicU64::new(0) }; INSTRUCTION_WORDS],
-            reserved_words: [const { AtomicU64::new(0) }; 5],
+            limit: AtomicU32::new(LIMIT_NONE),
+            limit_session: AtomicU32::new(0),
+            limit_amount: AtomicU64::new(0),
+            reserved_words: [const { AtomicU64::new(0) }; 3],
             frames: [const { FrameCell::new() }; FRAMES_MAX],
             reserved_tail: [const { AtomicU64::new(0) }; TAIL_WORDS],
         }
@@ -253,6 +300,28 @@ impl CrashPage {
         self.instruction_bytes.store(bytes, Ordering::Relaxed);
         // SYNC crash-stage: publishes the facts to read()
         self.stage.store(STAGE_FACTS, Ordering::Release);
+    }
+
+    /// Notes which limit is the reason for what comes. The first note counts; it needs no claim, and can be all that there is: a worker may end itself
+    /// by `SIGKILL` after it. Async-signal-safe. False if there is a note already.
+    pub fn note_limit(&self, note: &LimitNote) -> bool {
+        let claim =
+            self.limit.compare_exchange(LIMIT_NONE, LIMIT_CLAIMED, Ordering::Relaxed, Ordering::Relaxed);
+        if claim.is_err() {
+            return false;
+        }
+        let code = match note.exceeded {
+            Exceeded::CallCpuTime => LIMIT_CALL_CPU_TIME,
+            Exceeded::SessionCpuTime => LIMIT_SESSION_CPU_TIME,
+            Exceeded::WorkerCpuTime => LIMIT_WORKER_CPU_TIME,
+            Exceeded::WorkerMemory => LIMIT_WORKER_MEMORY,
+            Exceeded::SessionMemory => LIMIT_SESSION_MEMORY,
+        };
+        self.limit_session.store(note.session.unwrap_or(NONE), Ordering::Relaxed);
+        self.limit_amount.store(note.amount, Ordering::Relaxed);
+        // SYNC crash-limit: publishes the note to limit()
+        self.limit.store(code, Ordering::Release);
+        true
     }
 
     /// Notes that the handler itself faulted, so the rest of the backtrace is the fallback's.
@@ -342,6 +411,21 @@ fn store_bytes(words: &[AtomicU64], bytes: &[u8]) {
 
 /// The host's side.
 impl CrashPage {
+    /// Which limit the worker says it exceeded; `None` if it says nothing, or nonsense. The host believes it only of a limit that it has set itself.
+    pub fn limit(&self) -> Option<LimitNote> {
+        // SYNC crash-limit: pairs with note_limit()
+        let exceeded = match self.limit.load(Ordering::Acquire) {
+            LIMIT_CALL_CPU_TIME => Exceeded::CallCpuTime,
+            LIMIT_SESSION_CPU_TIME => Exceeded::SessionCpuTime,
+            LIMIT_WORKER_CPU_TIME => Exceeded::WorkerCpuTime,
+            LIMIT_WORKER_MEMORY => Exceeded::WorkerMemory,
+            LIMIT_SESSION_MEMORY => Exceeded::SessionMemory,
+            _ => return None,
+        };
+        let session = Some(self.limit_session.load(Ordering::Relaxed)).filter(|session| *session != NONE);
+        Some(LimitNote { exceeded, session, amount: self.limit_amount.load(Ordering::Relaxed) })
+    }
+
     /// Copies what the worker wrote, checked; `None` if it wrote nothing, not enough, or nonsense.
     ///
     /// The worker may still be running and may write while this reads: the facts are then those of some moment, but
@@ -535,6 +619,13 @@ pub(crate) const WIRE_CONSTANTS: &[(&str, u32)] = &[
     ("ACCESS_READ", ACCESS_READ),
     ("ACCESS_WRITE", ACCESS_WRITE),
     ("ACCESS_EXECUTE", ACCESS_EXECUTE),
+    ("LIMIT_NONE", LIMIT_NONE),
+    ("LIMIT_CALL_CPU_TIME", LIMIT_CALL_CPU_TIME),
+    ("LIMIT_SESSION_CPU_TIME", LIMIT_SESSION_CPU_TIME),
+    ("LIMIT_WORKER_CPU_TIME", LIMIT_WORKER_CPU_TIME),
+    ("LIMIT_WORKER_MEMORY", LIMIT_WORKER_MEMORY),
+    ("LIMIT_SESSION_MEMORY", LIMIT_SESSION_MEMORY),
+    ("LIMIT_CLAIMED", LIMIT_CLAIMED),
 ];
 
 #[cfg(all(test, not(loom)))]
@@ -543,7 +634,7 @@ mod wire {
     crate::wire_format::shared!(FrameCell: pc, object_offset, symbol_offset, object, symbol);
     crate::wire_format::shared!(CrashPage:
         stage, flags, signal, code, thread, session, function, syscall, access, instruction_bytes, frame_count, reserved,
-        fault_address, pc, sp, instruction, reserved_words, frames, reserved_tail);
+        fault_address, pc, sp, instruction, limit, limit_session, limit_amount, reserved_words, frames, reserved_tail);
 }
 
 #[cfg(test)]
@@ -690,6 +781,24 @@ mod tests {
         assert_eq!(read.instruction.len(), INSTRUCTION_BYTES_MAX);
         assert_eq!((read.session, read.access), (None, None));
         assert_eq!(read.frames[0].object.as_ref().unwrap().chars().next(), Some('\u{fffd}'));
+    }
+
+    #[test]
+    fn the_first_note_of_a_limit_counts_and_nonsense_is_none() {
+        let page = CrashPage::new();
+        assert_eq!(page.limit(), None);
+        let note = LimitNote { exceeded: Exceeded::WorkerMemory, session: None, amount: 7 };
+        assert!(page.note_limit(&note));
+        assert!(!page.note_limit(&LimitNote {
+            exceeded: Exceeded::CallCpuTime,
+            session: Some(3),
+            amount: 1
+        }));
+        assert_eq!(page.limit(), Some(note));
+        for nonsense in [6, 77, LIMIT_CLAIMED] {
+            page.limit.store(nonsense, Ordering::Relaxed);
+            assert_eq!(page.limit(), None);
+        }
     }
 
     #[test]

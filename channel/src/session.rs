@@ -134,4 +134,6 @@ pub enum FailureKind {
     TooManyFunctions,
     /// The signature cannot be called.
     BadSignature,
+    /// The process has no descriptor left to open the file with.
+    OpenFiles,
 }

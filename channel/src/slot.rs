@@ -107,6 +107,18 @@ impl Slot {
         self.words[index].store(word, Relaxed);
     }
 
+    /// Stores the first words, the last of them first: the slot's first line, which has the state, is then the one written last, and it is the one
+    /// that the publishing exchange needs.
+    ///
+    /// # Panics
+    /// If there are more than [`WORDS_MAX`].
+    #[inline(always)]
+    pub fn set_words(&self, words: &[u64]) {
+        for (at, word) in words.iter().enumerate().rev() {
+            self.set_word(at, *word);
+        }
+    }
+
     /// Loads one word. Meaningful after the turn was acquired; the other side may be lying.
     ///
     /// # Panics
@@ -277,6 +289,8 @@ pub struct Progress {
     ring_taken: AtomicU64,
     worker_cpu: AtomicU32,
     reserved: AtomicU32,
+    spun: AtomicU64,
+    parked: AtomicU64,
     stream_taken: AtomicU64,
 }
 
@@ -287,6 +301,8 @@ impl Default for Progress {
             ring_taken: AtomicU64::new(0),
             worker_cpu: AtomicU32::new(u32::MAX),
             reserved: AtomicU32::new(0),
+            spun: AtomicU64::new(0),
+            parked: AtomicU64::new(0),
             stream_taken: AtomicU64::new(0),
         }
     }
@@ -322,6 +338,17 @@ impl Progress {
         (self.direct_taken.load(Relaxed), self.ring_taken.load(Relaxed))
     }
 
+    /// Worker: leaves how many of its waits ended in a spin beyond the first looks, and in a sleep.
+    pub fn set_waits(&self, spun: u64, parked: u64) {
+        self.spun.store(spun, Relaxed);
+        self.parked.store(parked, Relaxed);
+    }
+
+    /// Host: the same. Untrusted.
+    pub fn waits(&self) -> (u64, u64) {
+        (self.spun.load(Relaxed), self.parked.load(Relaxed))
+    }
+
     /// Worker: leaves its CPU for the host's spin rule.
     pub fn set_worker_cpu(&self, cpu: u32) {
         self.worker_cpu.store(cpu, Relaxed);
@@ -345,7 +372,8 @@ const _: () = {
     assert!(size_of::<Progress>() == 128 && std::mem::offset_of!(Progress, direct_taken) == 0);
     assert!(std::mem::offset_of!(Progress, ring_taken) == 8);
     assert!(std::mem::offset_of!(Progress, worker_cpu) == 16);
-    assert!(std::mem::offset_of!(Progress, stream_taken) == 24);
+    assert!(std::mem::offset_of!(Progress, spun) == 24 && std::mem::offset_of!(Progress, parked) == 32);
+    assert!(std::mem::offset_of!(Progress, stream_taken) == 40);
 };
 
 #[cfg(all(test, not(loom)))]
@@ -353,7 +381,7 @@ mod wire {
     use super::*;
     crate::wire_format::shared!(Slot: state, function, words);
     crate::wire_format::shared!(Doorbell: count, host_cpu);
-    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, stream_taken);
+    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, spun, parked, stream_taken);
 }
 
 #[cfg(all(test, not(loom)))]

@@ -20,6 +20,8 @@ pub struct Packet {
     pub bytes: Vec<u8>,
     /// The descriptor that came with it, if the receiver allowed one.
     pub fd: Option<OwnedFd>,
+    /// A descriptor came, and this process has no number left for it (`RLIMIT_NOFILE`): the kernel closed it.
+    pub lost_fd: bool,
 }
 
 /// Why a packet could not be had.
@@ -94,18 +96,20 @@ pub fn receive(socket: BorrowedFd<'_>, want_fd: bool) -> Result<Packet, PacketEr
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return Err(PacketError::Empty),
             // A reset is the end of the stream told differently: the other side died with packets unread.
-            Err(Errno::ECONNRESET) => return Ok(Packet { bytes: Vec::new(), fd: None }),
+            Err(Errno::ECONNRESET) => return Ok(Packet { bytes: Vec::new(), fd: None, lost_fd: false }),
             Err(errno) => return Err(PacketError::System(errno.into())),
         }
     };
-    if flags.contains(MsgFlags::MSG_CTRUNC) || fds.len() > usize::from(want_fd) {
+    // Where one was wanted and not even one is there, this process has no number left for it.
+    let lost_fd = want_fd && fds.is_empty() && flags.contains(MsgFlags::MSG_CTRUNC);
+    if (flags.contains(MsgFlags::MSG_CTRUNC) && !lost_fd) || fds.len() > usize::from(want_fd) {
         return Err(PacketError::UnexpectedDescriptors); // dropping `fds` closes them
     }
     if flags.contains(MsgFlags::MSG_TRUNC) || length > FRAME_BYTES_MAX {
         return Err(PacketError::TooLong);
     }
     buffer.truncate(length);
-    Ok(Packet { bytes: buffer, fd: fds.pop() })
+    Ok(Packet { bytes: buffer, fd: fds.pop(), lost_fd })
 }
 
 #[allow(unsafe_code)]

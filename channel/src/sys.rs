@@ -392,13 +392,16 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Whether this process is the one that first asked, rather than a fork of it.
+/// What [`original_process`] holds in the process that first asked.
+pub const ORIGINAL: u32 = 1;
+
+/// Whether this process is the one that first asked ([`ORIGINAL`]), rather than a fork of it (0).
 ///
 /// The answer comes from a page that the kernel wipes in every child (`MADV_WIPEONFORK`, Linux 4.14), so it holds for raw `fork` and `clone`
 /// too, where `pthread_atfork` does not. Reading it costs one load.
 pub fn original_process() -> &'static AtomicU32 {
     static PAGE: OnceLock<&'static AtomicU32> = OnceLock::new();
-    static UNKNOWN: AtomicU32 = AtomicU32::new(1);
+    static UNKNOWN: AtomicU32 = AtomicU32::new(ORIGINAL);
     PAGE.get_or_init(|| {
         // SAFETY: a fresh private anonymous mapping; no address is asked for.
         let page = unsafe {
@@ -418,7 +421,7 @@ pub fn original_process() -> &'static AtomicU32 {
         unsafe { libc::madvise(page, 4096, libc::MADV_WIPEONFORK) };
         // SAFETY: the page is zeroed, aligned and never unmapped, so a &'static AtomicU32 to its first word is valid for ever.
         let word = unsafe { AtomicU32::from_ptr(page.cast()) };
-        word.store(1, Relaxed);
+        word.store(ORIGINAL, Relaxed);
         word
     })
 }

@@ -67,6 +67,9 @@ pub struct Spin {
     misses: StdAtomicU32,
     /// How many calls there had been at the last miss.
     calls_at_miss: StdAtomicU64,
+    /// Waits that ended in a spin longer than the first looks, and in a sleep.
+    spun: StdAtomicU64,
+    parked: StdAtomicU64,
 }
 
 impl Spin {
@@ -78,6 +81,8 @@ impl Spin {
             looks: StdAtomicU32::new(looks),
             misses: StdAtomicU32::new(0),
             calls_at_miss: StdAtomicU64::new(0),
+            spun: StdAtomicU64::new(0),
+            parked: StdAtomicU64::new(0),
         }
     }
 
@@ -94,6 +99,16 @@ impl Spin {
     #[inline(always)]
     pub(crate) fn looks(&self) -> u32 {
         self.looks.load(Relaxed)
+    }
+
+    /// How many waits of this side ended in a spin longer than the first looks, and in a sleep.
+    pub fn waits(&self) -> (u64, u64) {
+        (self.spun.load(Relaxed), self.parked.load(Relaxed))
+    }
+
+    fn count(&self, parked: bool) {
+        let counter = if parked { &self.parked } else { &self.spun };
+        counter.fetch_add(1, Relaxed);
     }
 
     /// The policy.
@@ -186,18 +201,29 @@ pub fn wait_reply(
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
-    for _ in 0..spin.looks() {
-        if slot.turn() == Turn::Reply {
-            return Waited::Replied;
-        }
-        pause();
+    if look_for_reply(slot, spin) {
+        return Waited::Replied;
     }
     wait_reply_slow(slot, spin, bell, progress, calls, timeout, alive)
 }
 
+/// Host: the first looks of [`wait_reply`]. Whether they found the reply; if not, [`wait_reply_slow`] goes on.
+#[inline(always)]
+#[must_use]
+pub fn look_for_reply(slot: &Slot, spin: &Spin) -> bool {
+    for _ in 0..spin.looks() {
+        if slot.turn() == Turn::Reply {
+            return true;
+        }
+        pause();
+    }
+    false
+}
+
+/// Host: what [`wait_reply`] does after the first looks.
 #[cold]
 #[inline(never)]
-fn wait_reply_slow(
+pub fn wait_reply_slow(
     slot: &Slot,
     spin: &Spin,
     bell: &Doorbell,
@@ -241,6 +267,7 @@ fn wait_reply_slow(
         bell.set_host_cpu(cpu());
         futex_wait(slot.futex(), armed, Some(left.min(SLICE)));
     };
+    spin.count(missed);
     if missed {
         spin.missed(calls, progress.worker_cpu() == cpu());
     }
@@ -355,7 +382,11 @@ fn wait_request_slow(
     if spin.looks() != 0 {
         spin.spin_on(|| direct.has_request() || ring.has_request(), || true);
     }
-    match found() {
+    let spun = found();
+    spin.count(spun.is_none());
+    let (spins, sleeps) = spin.waits();
+    progress.set_waits(spins, sleeps);
+    match spun {
         Some(which) => which,
         None => park_for_request(direct, ring, found, spin, bell, progress, calls),
     }

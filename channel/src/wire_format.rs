@@ -4,7 +4,7 @@ use crate::session::{Answer, FailureKind, Request};
 use crate::signature::{ARGS_MAX, Signature, Type};
 use crate::wait::Policy;
 use crate::{control, crash, layout, placement, region, session, slot, stream};
-use control::{Hello, ToHost, ToWorker};
+use control::{Hello, Scarce, SessionLimits, ToHost, ToWorker, WorkerLimits};
 use placement::{Failure, Placed, Wanted, Wish};
 use serde::{Deserialize, Serialize};
 
@@ -197,7 +197,7 @@ fn same<M: Serialize + for<'a> Deserialize<'a> + PartialEq + std::fmt::Debug>(ro
 #[test]
 fn messages_are_encoded_as_documented() {
     let rows = rows(&["message", "variant", "fields", "example"]);
-    assert_eq!(rows.len(), 10);
+    assert_eq!(rows.len(), 13);
     for row in &rows {
         match &*row[0] {
             "ToWorker::Open" => {
@@ -208,6 +208,22 @@ fn messages_are_encoded_as_documented() {
             }
             "ToHost::Opened" => same(row, &ToHost::Opened { session: 7, arena_address: 0x5000 }),
             "ToHost::Refused" => same(row, &ToHost::Refused { session: 7, reason: "no".into() }),
+            "ToWorker::LimitWorker" => {
+                let limits = WorkerLimits {
+                    data_bytes: Some(1 << 20),
+                    cpu_time_ns: Some(1000),
+                    open_files: Some(64),
+                    user_processes: None,
+                    file_bytes: None,
+                    core_bytes: 0,
+                };
+                same(row, &ToWorker::LimitWorker(limits));
+            }
+            "ToWorker::LimitSession" => {
+                let limits = SessionLimits { cpu_time_per_call_ns: Some(1000), cpu_time_ns: None };
+                same(row, &ToWorker::LimitSession { session: 7, limits });
+            }
+            "ToHost::Scarce" => same(row, &ToHost::Scarce { session: 7, what: Scarce::OpenFiles }),
             "ToHost::Placed" => {
                 let placed = Placed { cpu: Some(3), ..Placed::default() };
                 same(row, &ToHost::Placed { session: 7, arena_address: 0x5000, placed });
@@ -250,4 +266,5 @@ fn codes_are_as_documented() {
     codes::<Policy>("policy", |p| format!("{p:?}"));
     codes::<Wish>("wish", |w| format!("{w:?}"));
     codes::<FailureKind>("failure kind", |k| format!("{k:?}"));
+    codes::<Scarce>("scarce", |s| format!("{s:?}"));
 }

@@ -1,12 +1,13 @@
 //! The worker's main thread: its start, and the control socket until the host is gone.
 
-use crate::serve;
-use hotcell_channel::control::{self, Hello, ToHost, ToWorker};
+use crate::{limits, serve};
+use hotcell_channel::control::{self, Hello, Scarce, SessionLimits, ToHost, ToWorker};
 use hotcell_channel::crash::CrashPage;
 use hotcell_channel::layout::Geometry;
 use hotcell_channel::placement::{self, Wanted};
 use hotcell_channel::region::{CrashRegion, Region};
 use hotcell_channel::{socket, sys};
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -16,6 +17,8 @@ pub const EXIT_NO_SOCKET: i32 = 121;
 pub const EXIT_HOST_GONE: i32 = 122;
 /// Exit code: the host speaks another version or layout, or broke the protocol.
 pub const EXIT_PROTOCOL: i32 = 123;
+/// Exit code: the limits that the host asked for cannot be put in force.
+pub const EXIT_LIMITS: i32 = 120;
 
 fn give_up(code: i32, why: &dyn std::fmt::Display) -> ! {
     eprintln!("hotcell-worker: {why}");
@@ -97,6 +100,8 @@ pub(crate) fn handshake(socket: &OwnedFd) -> &'static CrashPage {
 
 /// Serves the control socket until the host is gone. Calls never pass here, so a call that hangs does not keep this thread from noticing.
 pub(crate) fn serve(socket: &OwnedFd) -> ! {
+    // Limits that came for sessions that are about to be asked for.
+    let mut limited: BTreeMap<u32, SessionLimits> = BTreeMap::new();
     loop {
         let packet = match socket::receive(socket.as_fd(), true) {
             Ok(packet) if packet.bytes.is_empty() => sys::exit_now(EXIT_HOST_GONE),
@@ -106,17 +111,60 @@ pub(crate) fn serve(socket: &OwnedFd) -> ! {
         match control::decode::<ToWorker>(&packet.bytes) {
             Ok(ToWorker::Open { session, slots, arena_bytes, policy, stack_bytes, placement }) => {
                 let geometry = Geometry { slots, arena_bytes, huge_pages: placement.huge_pages };
-                let opened = open(socket, packet.fd, session, geometry, policy, stack_bytes, placement);
-                if let Err(reason) = opened {
-                    let refused = ToHost::Refused { session, reason };
-                    if socket::send(socket.as_fd(), &control::encode(&refused), None).is_err() {
-                        sys::exit_now(EXIT_HOST_GONE);
-                    }
+                let limits = limited.remove(&session).unwrap_or_default();
+                let fd =
+                    if packet.lost_fd { Err(NotOpened::Scarce(Scarce::OpenFiles)) } else { Ok(packet.fd) };
+                let opened = fd.and_then(|fd| {
+                    open(socket, fd, session, geometry, How { policy, stack_bytes, placement, limits })
+                });
+                if let Err(not_opened) = opened {
+                    not_opened.tell(socket, session);
                 }
             }
+            Ok(ToWorker::LimitWorker(limits)) => {
+                if let Err(why) = limits::apply(&limits) {
+                    give_up(EXIT_LIMITS, &format_args!("its limits cannot be put in force: {why}"));
+                }
+            }
+            Ok(ToWorker::LimitSession { session, limits }) => drop(limited.insert(session, limits)),
             Err(error) => give_up(EXIT_PROTOCOL, &error),
         }
     }
+}
+
+/// Why a session is not opened.
+enum NotOpened {
+    Refused(String),
+    Scarce(Scarce),
+}
+
+impl NotOpened {
+    /// With its own words, unless the system says that there are no more descriptors or threads.
+    fn because(what: &str) -> impl Fn(std::io::Error) -> Self {
+        move |error| match error.raw_os_error() {
+            Some(libc::EMFILE) => Self::Scarce(Scarce::OpenFiles),
+            Some(libc::EAGAIN) => Self::Scarce(Scarce::Processes),
+            _ => Self::Refused(format!("{what}: {error}")),
+        }
+    }
+
+    fn tell(self, socket: &OwnedFd, session: u32) {
+        let message = match self {
+            Self::Refused(reason) => ToHost::Refused { session, reason },
+            Self::Scarce(what) => ToHost::Scarce { session, what },
+        };
+        if socket::send(socket.as_fd(), &control::encode(&message), None).is_err() {
+            sys::exit_now(EXIT_HOST_GONE);
+        }
+    }
+}
+
+/// How a session's thread is to be.
+struct How {
+    policy: hotcell_channel::wait::Policy,
+    stack_bytes: u64,
+    placement: Wanted,
+    limits: SessionLimits,
 }
 
 fn open(
@@ -124,18 +172,25 @@ fn open(
     fd: Option<OwnedFd>,
     session: u32,
     geometry: Geometry,
-    policy: hotcell_channel::wait::Policy,
-    stack_bytes: u64,
-    placement: Wanted,
-) -> Result<(), String> {
-    let fd = fd.ok_or("no region came with the request")?;
-    let region = Region::open(fd.as_fd(), geometry, session).map_err(|e| e.to_string())?;
-    let answers = socket.try_clone().map_err(|e| e.to_string())?;
+    how: How,
+) -> Result<(), NotOpened> {
+    let How { policy, stack_bytes, placement, limits } = how;
+    let fd = fd.ok_or_else(|| NotOpened::Refused("no region came with the request".into()))?;
+    let region =
+        Region::open(fd.as_fd(), geometry, session).map_err(|e| NotOpened::Refused(e.to_string()))?;
+    let answers =
+        socket.try_clone().map_err(NotOpened::because("the control socket cannot be duplicated"))?;
+    let room = limits::make_room(stack_bytes);
     std::thread::Builder::new()
         .name(format!("session-{session}"))
         .stack_size(usize::try_from(stack_bytes).unwrap_or(usize::MAX))
         .spawn(move || {
+            let _room = room;
             let region = Arc::new(region);
+            let _watched = match limits::watch_session(session, limits, &region) {
+                Ok(watched) => watched,
+                Err(why) => return NotOpened::Refused(why).tell(&answers, session),
+            };
             let arena_address = region.arena_address();
             let opened = match placement::place(&region, &placement) {
                 Ok(placed) if placement.is_any() => ToHost::Placed { session, arena_address, placed },
@@ -152,5 +207,5 @@ fn open(
             });
         })
         .map(drop)
-        .map_err(|e| format!("the session's thread cannot be started: {e}"))
+        .map_err(NotOpened::because("the session's thread cannot be started"))
 }

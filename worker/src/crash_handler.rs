@@ -7,8 +7,8 @@
 //! - it stores into the [`CrashPage`] (atomics), into this thread's [`Here`] (atomics without destructors) and its own
 //!   stack, and nowhere else; the one exception is the saved context of the signal, which is its own to change;
 //! - it reads foreign memory (stacks, the linker's tables) only through [`Memory`], which asks the kernel first;
-//! - it makes only syscalls that native code itself needs for `abort`: `rt_sigprocmask`, `rt_sigaction`, `rt_sigreturn`, `getpid`,
-//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`; a refused one costs detail, not the report;
+//! - it makes only syscalls that native code itself needs for `abort` or `malloc`: `rt_sigprocmask`, `rt_sigaction`, `rt_sigreturn`, `getpid`,
+//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`, `mmap`, `munmap`; a refused one costs detail, not the report;
 //! - it takes no lock, allocates nothing, formats nothing, never panics, and each loop has a bound.
 //!
 //! The one piece that is not ours is `_Unwind_Backtrace`. With a C library that has `_dl_find_object` (glibc 2.35) it is
@@ -38,13 +38,24 @@ use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
+use crate::limits::{self, Accusation};
 use hotcell_channel::crash::{
-    Access, CrashPage, FRAMES_MAX, Facts, INSTRUCTION_BYTES_MAX, OBJECT_NAME_BYTES_MAX, SYMBOL_NAME_BYTES_MAX,
+    Access, CrashPage, Exceeded, FRAMES_MAX, Facts, INSTRUCTION_BYTES_MAX, LimitNote, OBJECT_NAME_BYTES_MAX,
+    SYMBOL_NAME_BYTES_MAX,
 };
 
-/// The signals by which native code dies of its own doing.
-const SIGNALS: [c_int; 7] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGABRT, libc::SIGTRAP, libc::SIGSYS];
+/// The signals by which native code dies of its own doing. The last two: it used more CPU time, or wrote more, than it may.
+const SIGNALS: [c_int; 9] = [
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGABRT,
+    libc::SIGTRAP,
+    libc::SIGSYS,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+];
 /// Room for the handler, a nested one, the unwinder, and the registers that the kernel saves for each.
 const STACK_BYTES_MIN: usize = 64 * 1024;
 /// The page size of the targets, and the grain in which memory is or is not there. (aarch64 may have larger
@@ -141,7 +152,8 @@ pub(crate) fn install(page: &'static CrashPage) {
     let mut action: libc::sigaction = unsafe { mem::zeroed() };
     let handler: extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void) = on_signal;
     action.sa_sigaction = handler as usize;
-    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
+    // SA_RESTART for the one signal that the handler may return from: a late SIGXCPU.
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER | libc::SA_RESTART;
     // No foreign handler may run in the middle of ours, but our own must, to take a nested fault.
     // SAFETY: the mask is a valid, writable signal set.
     unsafe { libc::sigfillset(&raw mut action.sa_mask) };
@@ -322,6 +334,16 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
     if unsafe { libc::getpid() } != installed.process {
         return die(signal, Some(context));
     }
+    // As the broken code left it.
+    let errno = errno();
+    if signal == libc::SIGXCPU && sent_by_thread(info, installed.process) {
+        match limits::accusation() {
+            // The call for which the signal was meant has returned. Nothing has happened.
+            Accusation::Withdrawn => return,
+            Accusation::True(note) => drop(installed.page.note_limit(&note)),
+            Accusation::None => {}
+        }
+    }
     HERE.with(|here| {
         let broken = here.step.load(Ordering::Relaxed);
         if broken != STEP_NONE {
@@ -338,7 +360,7 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         here.signal.store(signal.cast_unsigned(), Ordering::Relaxed);
         here.step.store(STEP_FACTS, Ordering::Relaxed);
         if installed.page.claim() {
-            let access = write_facts(installed.page, here, signal, info, context);
+            let access = write_facts(installed.page, here, signal, errno, info, context);
             here.step.store(STEP_UNWIND, Ordering::Relaxed);
             unwind(installed, here, context, access);
             climb(installed, here, STEP_WALK, false);
@@ -348,6 +370,17 @@ extern "C" fn on_signal(signal: c_int, info: *mut libc::siginfo_t, context: *mut
         }
         die(signal, Some(context));
     });
+}
+
+/// Whether a thread of this process sent the signal to this one, rather than the kernel or somebody else.
+fn sent_by_thread(info: *const libc::siginfo_t, process: libc::pid_t) -> bool {
+    // SAFETY: the kernel gave the handler this siginfo (SA_SIGINFO), and nobody changes it.
+    let information = unsafe { &*info };
+    information.si_code == libc::SI_TKILL && {
+        // SAFETY: the union holds the sender for this code.
+        let sender = unsafe { information.si_pid() };
+        sender == process
+    }
 }
 
 /// Takes the steps from `step` on up to the last before death. `nested`: an earlier step faulted.
@@ -369,6 +402,7 @@ fn write_facts(
     page: &CrashPage,
     here: &Here,
     signal: c_int,
+    errno: c_int,
     info: *const libc::siginfo_t,
     context: Context,
 ) -> Option<Access> {
@@ -400,6 +434,15 @@ fn write_facts(
     let instruction_bytes = Memory::new().copy(pc, &mut instruction);
     let session = here.session.load(Ordering::Relaxed);
     let function = Memory::new().half(here.running.load(Ordering::Relaxed));
+    // What native code does that does not get memory: it follows a null pointer, or gives up.
+    let followed = if memory_fault { Some(fault_address.unwrap_or(u64::MAX)) } else { None };
+    if (memory_fault || matches!(signal, libc::SIGABRT | libc::SIGTRAP | libc::SIGILL))
+        && !stack_overflow
+        && limits::memory_was_refused(errno, followed)
+    {
+        let session = (session != NONE).then_some(session);
+        page.note_limit(&LimitNote { exceeded: Exceeded::WorkerMemory, session, amount: 0 });
+    }
     page.write_facts(&Facts {
         signal,
         code,

@@ -7,18 +7,19 @@
 //! for `hotcell` and is not stable.
 //!
 //! Order of a start, one step per line of [`run`]: take the control socket from standard input, tie to the host, close every other descriptor,
-//! reset signals, say hello and check the host's, map the crash page, install the crash handler, serve the control socket. No foreign code is
+//! reset signals, say hello and check the host's, map the crash page, install the crash handler and the limits, serve the control socket. No foreign code is
 //! loaded before all of that is done.
 
 mod control;
 mod crash_handler;
 mod dispatch;
 mod library;
+mod limits;
 mod memory;
 mod serve;
 mod stream;
 
-pub use control::{EXIT_HOST_GONE, EXIT_NO_SOCKET, EXIT_PROTOCOL};
+pub use control::{EXIT_HOST_GONE, EXIT_LIMITS, EXIT_NO_SOCKET, EXIT_PROTOCOL};
 use hotcell_channel::control::WORKER_MARKER;
 
 /// The host's process id, if these are a worker's arguments (without the program's name).
@@ -33,7 +34,7 @@ pub fn host_of_worker_arguments<'a>(mut arguments: impl Iterator<Item = &'a [u8]
 /// Becomes a worker of the process `host` and does not return.
 ///
 /// Standard input must be the worker's end of the control socket. Exit codes of its own: [`EXIT_NO_SOCKET`],
-/// [`EXIT_HOST_GONE`], [`EXIT_PROTOCOL`].
+/// [`EXIT_HOST_GONE`], [`EXIT_PROTOCOL`], [`EXIT_LIMITS`].
 pub fn run(host: u32) -> ! {
     let socket = control::take_socket();
     control::tie_to_host(host);
@@ -41,6 +42,7 @@ pub fn run(host: u32) -> ! {
     hotcell_channel::sys::reset_signals();
     let crash_page = control::handshake(&socket);
     crash_handler::install(crash_page);
+    limits::install(crash_page);
     control::serve(&socket)
 }
 

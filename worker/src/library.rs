@@ -10,6 +10,7 @@ use hotcell_channel::session::{Answer, FailureKind};
 use hotcell_channel::signature::Signature;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
 use std::ffi::OsStr;
+use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 
 #[derive(Debug, Default)]
@@ -35,6 +36,8 @@ impl Libraries {
                     Err(_) => failed(FailureKind::Linker, "too many modules"),
                 }
             }
+            // The linker says so in words only.
+            Err(error) if no_descriptor_is_left() => failed(FailureKind::OpenFiles, linkers_words(&error)),
             Err(error) => classify(&name.to_string_lossy(), linkers_words(&error)),
         }
     }
@@ -62,6 +65,15 @@ impl Libraries {
     }
 }
 
+/// Whether the process has as many descriptors open as it may. Asked by making one more.
+fn no_descriptor_is_left() -> bool {
+    let error = match std::io::stdin().as_fd().try_clone_to_owned() {
+        Ok(_) => return false,
+        Err(error) => error,
+    };
+    error.raw_os_error() == Some(libc::EMFILE)
+}
+
 /// The dynamic linker's own text, which is the error's source in libloading 0.9.
 fn linkers_words(error: &dyn std::error::Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
@@ -72,6 +84,9 @@ fn inspect(path: &OsStr) -> Result<(), Answer> {
     use std::io::Read;
     use std::os::unix::fs::OpenOptionsExt;
     let io = |error: std::io::Error| {
+        if error.raw_os_error() == Some(libc::EMFILE) {
+            return failed(FailureKind::OpenFiles, error.to_string());
+        }
         let kind = match error.kind() {
             std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => FailureKind::NotFound,
             _ => FailureKind::Unreadable,

@@ -34,9 +34,11 @@ fn serve(role: &str, caller: process::Caller) -> Result<()> {
         floor::COPY => floor::serve_copy(caller),
         peers::bytes::ROLE => peers::bytes::serve(caller),
         peers::bytes::POLLING_ROLE => peers::bytes::serve_polling(caller),
+        peers::bytes::LARGE_ROLE => peers::bytes::serve_large(caller),
         peers::pthread_event::EVENT | peers::pthread_event::BUSY => peers::pthread_event::serve(role, caller),
         peers::iceoryx::NAME => peers::iceoryx::serve(caller),
         peers::servo_ipc::NAME => peers::servo_ipc::serve(caller),
+        process::BUSY => process::serve_busy(caller),
         unknown => Err(format!("no such role: {unknown}").into()),
     }
 }

@@ -167,3 +167,20 @@ pub fn run_as_peer(
         }
     }
 }
+
+/// The role of a process that has nothing to do with anybody, and is never idle.
+pub const BUSY: &str = "busy";
+
+/// Counts for ever, until its parent ends it.
+pub fn serve_busy(mut caller: Caller) -> Result<()> {
+    let mut hang_up = caller.control.try_clone()?;
+    thread::spawn(move || {
+        let _ = hang_up.read(&mut [0]);
+        std::process::exit(0);
+    });
+    caller.ready()?;
+    let mut number = 0_u64;
+    loop {
+        number = std::hint::black_box(number.wrapping_add(1));
+    }
+}

@@ -9,6 +9,8 @@ use crate::{Result, floor, with_causes};
 
 pub struct Roster {
     only: Vec<String>,
+    /// Whether the first row is the bare record.
+    tells_distance: bool,
     entries: Vec<Entry>,
 }
 
@@ -49,9 +51,15 @@ pub struct Named<'a> {
 impl Roster {
     /// Rows whose name contains one of these texts; none means all. The bare record is always there: it tells near from far.
     pub fn new(only: impl Iterator<Item = impl Into<String>>, cpus: &Cpus) -> Self {
-        let mut roster = Self { only: only.map(Into::into).collect(), entries: Vec::new() };
+        let only = only.map(Into::into).collect();
+        let mut roster = Self { only, tells_distance: true, entries: Vec::new() };
         roster.add_in_places(floor::RECORD, None, || floor::RecordRow::open(cpus));
         roster
+    }
+
+    /// For rows to which the distance of the CPUs does not matter.
+    pub fn without_record() -> Self {
+        Self { only: Vec::new(), tells_distance: false, entries: Vec::new() }
     }
 
     /// Adds a row, unless `--only` leaves it out. Its times are given as multiples of the row `floor`'s. A row that cannot be opened stays in the
@@ -106,12 +114,13 @@ impl Roster {
         let works =
             |at: &usize, idles| self.entries[*at].body.as_ref().is_ok_and(|body| body.idles() == idles);
         let group = |idles| {
-            let mut numbers: Vec<_> = (1..self.entries.len()).filter(|at| works(at, idles)).collect();
+            let first = usize::from(self.tells_distance);
+            let mut numbers: Vec<_> = (first..self.entries.len()).filter(|at| works(at, idles)).collect();
             let turned = round % numbers.len().max(1);
             numbers.rotate_left(turned);
             numbers
         };
-        let floor = Some(0).filter(|at| works(at, false));
+        let floor = self.tells_distance.then_some(0).filter(|at| works(at, false));
         floor.into_iter().chain(group(false)).chain(floor).chain(group(true)).collect()
     }
 

@@ -15,6 +15,7 @@ use crate::process::{Caller, Peer};
 
 pub const ROLE: &str = "peer/bytes";
 pub const POLLING_ROLE: &str = "peer/bytes polling";
+pub const LARGE_ROLE: &str = "peer/large bytes";
 
 type Message = [u8; 64];
 
@@ -163,6 +164,46 @@ pub fn serve_polling(mut caller: Caller) -> Result<()> {
                 break;
             }
         }
+    }
+    Ok(())
+}
+
+/// Many bytes over the socket and back, with blocking reads and writes: the other side changes the first and the last.
+pub struct Large {
+    socket: UnixStream,
+    bytes: Vec<u8>,
+    _peer: Peer,
+}
+
+impl Large {
+    pub fn open(cpus: &Cpus, bytes: usize) -> Result<Self> {
+        let (socket, theirs) = UnixStream::pair()?;
+        let peer = Peer::start(cpus, LARGE_ROLE, &[&bytes.to_string()], &[theirs.as_fd()])?;
+        Ok(Self { socket, bytes: vec![0; bytes], _peer: peer })
+    }
+}
+
+impl Row for Large {
+    const IDLES: bool = true;
+
+    #[inline(always)]
+    fn step(&mut self, _number: u64) {
+        let (next, last) = (self.bytes[0].wrapping_add(1), self.bytes.len() - 1);
+        self.socket.write_all(&self.bytes).expect("the peer reads all before it answers");
+        self.socket.read_exact(&mut self.bytes).expect("the peer answers");
+        assert_eq!((self.bytes[0], self.bytes[last]), (next, next), "both edges are changed");
+    }
+}
+
+pub fn serve_large(mut caller: Caller) -> Result<()> {
+    let mut socket = UnixStream::from(caller.descriptor(0)?);
+    let mut bytes = vec![0_u8; caller.argument(1)?.parse()?];
+    caller.ready()?;
+    let last = bytes.len() - 1;
+    while socket.read_exact(&mut bytes).is_ok() {
+        bytes[0] = bytes[0].wrapping_add(1);
+        bytes[last] = bytes[last].wrapping_add(1);
+        socket.write_all(&bytes)?;
     }
     Ok(())
 }
