@@ -646,6 +646,13 @@ pub(crate) const fn word_index(types: &[Type], at: usize) -> usize {
     if float { integers + before_same_class } else { before_same_class }
 }
 
+/// A call that failed, with its values if they are still as the caller gave them.
+#[derive(Debug)]
+pub(crate) struct Failed<V> {
+    pub(crate) error: CallError,
+    pub(crate) values: Option<V>,
+}
+
 /// A native function that has been found in its module and whose signature has been prepared, ready to be called from any thread.
 ///
 /// **The signature is a promise of yours that nobody can check**: C keeps no types. A wrong one can make the worker crash or compute nonsense; it cannot harm the
@@ -752,6 +759,105 @@ impl<F: FunctionType> Function<F> {
         frame.publish(self.target.index, self.target.label);
         frame.wait(self.target.timeout, || FunctionName::clone(&self.target.name))?;
         F::finish(values, words, string, &frame, &self.target.name)
+    }
+
+    /// [`Function::call_tuple`] for whoever may make a call again: one that fails gives its values back. `still` is asked when the call has its slot and is not yet sent; a no ends it with
+    /// [`CallError::Closed`].
+    #[inline(always)]
+    pub(crate) fn attempt<'a>(
+        &self,
+        values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        if !F::IS_WORDS {
+            return match self.session.claim_direct() {
+                Some(frame) => self.attempt_in(frame, values, still),
+                None => self.attempt_elsewhere(values, still),
+            };
+        }
+        if let Some(words) = F::words(&values, &self.session) {
+            match self.session.call_straight_if(&self.target, &still, |slot| F::store(&words, slot)) {
+                Straight::Replied(word) => return Ok(F::from_word(word, &self.session)),
+                Straight::Failed(error) => return Err(Failed { error: *error, values: Some(values) }),
+                Straight::Elsewhere => {}
+            }
+        }
+        self.attempt_elsewhere(values, still)
+    }
+
+    #[inline(never)]
+    fn attempt_elsewhere<'a>(
+        &self,
+        values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.latencies() {
+            None => self.attempt_claimed(values, still),
+            Some(latencies) => {
+                let started = latencies.start();
+                let output = match self.session.claim_direct_measured() {
+                    Some(frame) => self.attempt_in(frame, values, still),
+                    None => self.attempt_claimed(values, still),
+                }?;
+                latencies.stop(started);
+                Ok(output)
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn attempt_claimed<'a>(
+        &self,
+        values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name)) {
+            Ok(frame) => self.attempt_in(frame, values, still),
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
+    }
+
+    #[inline(always)]
+    fn attempt_in<'a>(
+        &self,
+        mut frame: Frame<'_>,
+        mut values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        if !still() {
+            return Err(Failed { error: CallError::Closed, values: Some(values) });
+        }
+        let (words, string) = match F::encode(&mut values, &mut frame, &self.target.name) {
+            Ok(encoded) => encoded,
+            Err(error) => return Err(Failed { error, values: Some(values) }),
+        };
+        frame.publish(self.target.index, self.target.label);
+        match frame.wait(self.target.timeout, || FunctionName::clone(&self.target.name)) {
+            Ok(()) => F::finish(values, words, string, &frame, &self.target.name)
+                .map_err(|error| Failed { error, values: None }),
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
+    }
+
+    /// Submits a call; one that cannot be sent gives its values back.
+    pub(crate) fn attempt_submit<'a>(
+        &self,
+        mut values: F::Values<'a>,
+    ) -> Result<Ticket<'a, F>, Failed<F::Values<'a>>> {
+        let Target { index, label, timeout, name } = &self.target;
+        let claimed = self.session.claim_ring(*timeout, || FunctionName::clone(name));
+        let encoded = claimed.and_then(|mut frame| {
+            let encoded = F::encode(&mut values, &mut frame, name)?;
+            Ok((frame, encoded))
+        });
+        match encoded {
+            Ok((mut frame, (words, string))) => {
+                frame.publish(*index, *label);
+                let detached = Some(frame.detach());
+                Ok(Ticket { function: self.clone(), detached, values: Some(values), words, string })
+            }
+            Err(error) => Err(Failed { error, values: Some(values) }),
+        }
     }
 
     /// Hands the call to the worker and returns at once. If all slots are taken, waits for one, at most the function's timeout.

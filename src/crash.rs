@@ -47,14 +47,15 @@ pub enum Cause {
         /// The limit.
         max: Duration,
     },
-    /// It asked for more memory than it may have: [`memory_bytes_max`](crate::WorkerBuilder::memory_bytes_max).
+    /// It asked for more memory than it may have, and did not live through the refusal: [`memory_bytes_max`](crate::WorkerBuilder::memory_bytes_max) of the worker or
+    /// [that of a session](crate::SessionBuilder::memory_bytes_max).
     MemoryExceeded {
         /// What the limit holds for.
         scope: Limited,
         /// The limit.
         bytes_max: u64,
-        /// The signal by which it ended: what native code makes of memory that it does not get, or `SIGKILL` from the kernel.
-        signal: i32,
+        /// The signal by which it ended: what native code makes of memory that it does not get, or `SIGKILL` from the kernel. `None` if it exited.
+        signal: Option<i32>,
     },
     /// It wrote a file beyond [`file_bytes_max`](crate::WorkerBuilder::file_bytes_max).
     FileSizeExceeded {
@@ -157,11 +158,13 @@ impl fmt::Display for Cause {
             Cause::CpuTimeExceeded { scope, max } => {
                 write!(f, "ended because it used more than {max:?} of CPU time, the limit of its {scope}")
             }
-            Cause::MemoryExceeded { scope, bytes_max, signal } => write!(
-                f,
-                "ended by {} because it asked for more memory than the {bytes_max} bytes of its {scope}",
-                signal_name(*signal)
-            ),
+            Cause::MemoryExceeded { scope, bytes_max, signal } => {
+                match signal {
+                    Some(signal) => write!(f, "ended by {}", signal_name(*signal))?,
+                    None => f.write_str("exited")?,
+                }
+                write!(f, " because it asked for more memory than the {bytes_max} bytes of its {scope}")
+            }
             Cause::FileSizeExceeded { bytes_max } => {
                 write!(f, "ended because it wrote a file beyond its limit of {bytes_max} bytes")
             }
@@ -257,9 +260,8 @@ impl CrashReport {
     /// The signal that ended the worker, if one did that the host did not send.
     pub fn signal(&self) -> Option<i32> {
         match self.death.cause {
-            Cause::Signaled { signal, .. }
-            | Cause::StackOverflow { signal, .. }
-            | Cause::MemoryExceeded { signal, .. } => Some(signal),
+            Cause::Signaled { signal, .. } | Cause::StackOverflow { signal, .. } => Some(signal),
+            Cause::MemoryExceeded { signal, .. } => signal,
             Cause::FileSizeExceeded { .. } => Some(libc::SIGXFSZ),
             _ => None,
         }

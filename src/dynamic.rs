@@ -546,8 +546,8 @@ impl DynFunction {
         }
     }
 
-    /// Calls it with any arguments.
-    fn call_slice(&self, args: &mut [Arg<'_>]) -> Result<Value, CallError> {
+    /// Calls it with any arguments, which the caller still has afterwards.
+    pub(crate) fn call_slice(&self, args: &mut [Arg<'_>]) -> Result<Value, CallError> {
         match self.call_quickly(args) {
             Straight::Replied(word) => Ok(self.function.result.value(word, &self.session)),
             Straight::Failed(error) => Err(*error),

@@ -191,6 +191,14 @@ pub enum StartError {
         /// What to do about it.
         advice: &'static str,
     },
+    /// A [`Pool`](crate::Pool) does not have all its workers and standbys.
+    #[error("{missing} of the pool's workers are not ready after {after:?}")]
+    Incomplete {
+        /// How many are missing.
+        missing: usize,
+        /// How long they were waited for.
+        after: Duration,
+    },
     /// This process is a fork of the one that uses hotcell. Its workers belong to the original.
     #[error("this process is a fork of the one that uses hotcell: it can use hotcell again after exec")]
     Forked,
@@ -261,6 +269,7 @@ impl StartError {
             StartError::CircuitOpen { .. } => "ERR_CIRCUIT_OPEN",
             StartError::NotRestarted { last } => last.code(),
             StartError::Hook { .. } => "ERR_HOOK",
+            StartError::Incomplete { .. } => "ERR_NO_WORKER",
             StartError::Forked => "ERR_FORKED",
         }
     }
@@ -417,6 +426,22 @@ pub enum CallError {
     /// on whose account. Other calls in flight have [`CallError::Crashed`] with the same report.
     #[error("{0}")]
     MemoryExceeded(Box<CrashReport>),
+    /// The session's memory limit refused an allocation while this call ran. The code has lived through that, and the session goes on; the call's result is not given,
+    /// because it is that of code which did not get what it needed.
+    #[error(
+        "{function} asked for {asked} bytes when {used} of the {bytes_max} of its session were in use: \
+         see SessionBuilder::memory_bytes_max"
+    )]
+    SessionMemoryExceeded {
+        /// The call.
+        function: FunctionName,
+        /// How many bytes were asked for when the limit was last exceeded. The worker's word.
+        asked: u64,
+        /// How many bytes were in use then. The worker's word.
+        used: u64,
+        /// The limit.
+        bytes_max: u64,
+    },
     /// This call wrote a file beyond the limit; the worker has ended. Other calls in flight have [`CallError::Crashed`] with the same report.
     #[error("{0}")]
     FileSizeExceeded(Box<CrashReport>),
@@ -444,6 +469,12 @@ pub enum CallError {
     Full {
         /// How many slots there are.
         slots: u32,
+    },
+    /// The session has a memory limit, which is told call by call; a pipeline's replies have no room for that. `call` and `submit` do.
+    #[error("{function} cannot have a pipeline in a session with a memory limit: call or submit it")]
+    PipelineUnsupported {
+        /// The function.
+        function: FunctionName,
     },
     /// Another pipeline of the session was in use for as long as this one's function may take.
     #[error(
@@ -513,6 +544,17 @@ pub enum CallError {
     NotRunning {
         /// The function.
         function: FunctionName,
+    },
+    /// A [`Pool`](crate::Pool) has no worker now, and the call did not wait longer for one.
+    #[error("no worker of the pool could serve {function} within {waited:?}{}", match .source { Some(source) => format!(": {source}"), None => String::new() })]
+    NoWorker {
+        /// The function.
+        function: FunctionName,
+        /// How long the call waited for one.
+        waited: Duration,
+        /// Why the last one ended or could not be started; [`StartError::CircuitOpen`] says until when none is started.
+        #[source]
+        source: Option<Arc<StartError>>,
     },
     /// The function takes a callback. Declaring it is possible, calling it is not yet.
     #[error("{function} takes a callback, which is not yet supported")]
@@ -601,6 +643,7 @@ impl CallError {
             | CallError::FileSizeExceeded(report)
             | CallError::Disposed(report) => report.involvement().may_have_run(),
             CallError::TimedOut { .. }
+            | CallError::SessionMemoryExceeded { .. }
             | CallError::NullString { .. }
             | CallError::StringTooLong { .. }
             | CallError::StringLost { .. } => true,
@@ -620,7 +663,7 @@ impl CallError {
             | CallError::Disposed(_)
             | CallError::Closed
             | CallError::Forked => false,
-            CallError::NotRunning { .. } => false,
+            CallError::NotRunning { .. } | CallError::NoWorker { .. } => false,
             _ => true,
         }
     }
@@ -645,7 +688,7 @@ impl CallError {
     /// | `ERR_WORKER_CRASH` | the worker died: by a signal, an exit, another call's doing | [`CallError::Crashed`], [`StartError::Died`] |
     /// | `ERR_WORKER_DISPOSED` | it was disposed | [`CallError::Disposed`], [`StartError::Disposed`] |
     /// | `ERR_CPU_TIME_EXCEEDED` | more CPU time than allowed | [`CallError::CpuTimeExceeded`] |
-    /// | `ERR_MEMORY_EXCEEDED` | more memory than allowed | [`CallError::MemoryExceeded`] |
+    /// | `ERR_MEMORY_EXCEEDED` | more memory than allowed | [`CallError::MemoryExceeded`], [`CallError::SessionMemoryExceeded`] |
     /// | `ERR_FILE_SIZE_EXCEEDED` | a longer file than allowed | [`CallError::FileSizeExceeded`] |
     /// | `ERR_OPEN_FILES_EXCEEDED` | more open files than allowed | [`LoadError::OpenFilesExceeded`], [`StartError::Scarce`] |
     /// | `ERR_PROCESSES_EXCEEDED` | more processes and threads than allowed | [`StartError::Scarce`] |
@@ -657,8 +700,10 @@ impl CallError {
     /// | `ERR_SESSION_CLOSED` | the session is closed | [`CallError::Closed`] |
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
     /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
+    /// | `ERR_PIPELINE_UNSUPPORTED` | the session has a memory limit | [`CallError::PipelineUnsupported`] |
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
+    /// | `ERR_NO_WORKER` | a pool has no worker now | [`CallError::NoWorker`], [`StartError::Incomplete`] |
     /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach) |
     /// | `ERR_SESSION_LIMIT`, `ERR_STILL_STARTING`, `ERR_BACKING_OFF`, `ERR_CIRCUIT_OPEN`, `ERR_HOOK` | a supervisor does not open the session | [`StartError`]'s |
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
@@ -672,13 +717,14 @@ impl CallError {
         match self {
             CallError::Crashed(_) => "ERR_WORKER_CRASH",
             CallError::CpuTimeExceeded(_) => "ERR_CPU_TIME_EXCEEDED",
-            CallError::MemoryExceeded(_) => "ERR_MEMORY_EXCEEDED",
+            CallError::MemoryExceeded(_) | CallError::SessionMemoryExceeded { .. } => "ERR_MEMORY_EXCEEDED",
             CallError::FileSizeExceeded(_) => "ERR_FILE_SIZE_EXCEEDED",
             CallError::Disposed(_) => "ERR_WORKER_DISPOSED",
             CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",
             CallError::Abandoned { .. } => "ERR_SESSION_ABANDONED",
             CallError::Full { .. } => "ERR_SESSION_FULL",
             CallError::PipelineTaken { .. } => "ERR_PIPELINE_TAKEN",
+            CallError::PipelineUnsupported { .. } => "ERR_PIPELINE_UNSUPPORTED",
             CallError::TooLarge { .. } | CallError::StringTooLong { .. } => "ERR_PAYLOAD_TOO_LARGE",
             CallError::NoRoom { .. } => "ERR_ARENA_FULL",
             CallError::WrongCount { .. } => "ERR_ARGUMENT_COUNT",
@@ -686,6 +732,7 @@ impl CallError {
             CallError::WrongResult { .. } => "ERR_RESULT_TYPE",
             CallError::Undeclared(_) => "ERR_UNDECLARED",
             CallError::NotRunning { .. } => "ERR_NOT_RUNNING",
+            CallError::NoWorker { .. } => "ERR_NO_WORKER",
             CallError::CallbackUnsupported { .. } => "ERR_CALLBACK",
             CallError::ForeignPointer { .. } => "ERR_FOREIGN_POINTER",
             CallError::InteriorNul { .. } => "ERR_INTERIOR_NUL",

@@ -55,10 +55,12 @@ mod events;
 mod isolated;
 mod latencies;
 mod limits;
+mod memory;
 mod module;
 mod monitor;
 mod pipeline;
 mod placement;
+mod pool;
 #[cfg(feature = "self-exec")]
 mod self_exec;
 mod session;
@@ -81,9 +83,14 @@ pub use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 pub use isolated::{Binding, ErrorMode, IsolatedProcess, IsolatedProcessConfig, create_isolated_process};
 pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
+pub use memory::SessionMemory;
 pub use module::Module;
 pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
 pub use placement::{Backing, Placement, Prefault};
+pub use pool::{
+    Capacity, Pool, PoolBuilder, PoolCaller, PoolDynFunction, PoolErrors, PoolEvent, PoolFunction,
+    PoolSnapshot, PoolTicket, PoolWorker, Reason, Role,
+};
 pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,

@@ -8,6 +8,7 @@ use crate::cgroup::{self, Group, Wanted};
 use crate::crash::Cause;
 use crate::error::StartError;
 use crate::isolated::IsolatedProcessConfig;
+use crate::memory;
 use crate::session::SessionBuilder;
 use crate::worker::WorkerBuilder;
 use hotcell_channel::control;
@@ -218,7 +219,7 @@ impl WorkerLimits {
         of_session: impl Fn(u32) -> &'a SessionLimits,
     ) -> Option<(Cause, Option<u32>)> {
         let WaitStatus::Signaled { signal, .. } = evidence.status else { return None };
-        let memory = |scope, bytes_max| Cause::MemoryExceeded { scope, bytes_max, signal };
+        let memory = |scope, bytes_max| Cause::MemoryExceeded { scope, bytes_max, signal: Some(signal) };
         if signal == libc::SIGKILL
             && evidence.memory_kills > 0
             && let Some(bytes_max) = self.memory_bytes
@@ -233,8 +234,6 @@ impl WorkerLimits {
             Some(Exceeded::CallCpuTime) => (Limited::Call, of_session(session?).cpu_time_per_call),
             Some(Exceeded::SessionCpuTime) => (Limited::Session, of_session(session?).cpu_time),
             Some(Exceeded::WorkerCpuTime) => (Limited::Worker, self.cpu_time),
-            // Whoever sets such a limit tells of it.
-            Some(Exceeded::SessionMemory) => return None,
             None if signal == libc::SIGXFSZ => {
                 return self.file_bytes.map(|bytes_max| (Cause::FileSizeExceeded { bytes_max }, None));
             }
@@ -285,12 +284,13 @@ fn user_processes(no_group: &str) -> Result<u64, StartError> {
 pub(crate) struct SessionLimits {
     pub(crate) cpu_time_per_call: Option<Duration>,
     pub(crate) cpu_time: Option<Duration>,
+    pub(crate) memory_bytes: Option<u64>,
     pub(crate) remote_blocks: u64,
 }
 
 impl Default for SessionLimits {
     fn default() -> Self {
-        Self { cpu_time_per_call: None, cpu_time: None, remote_blocks: 1 << 16 }
+        Self { cpu_time_per_call: None, cpu_time: None, memory_bytes: None, remote_blocks: 1 << 16 }
     }
 }
 
@@ -300,10 +300,12 @@ impl SessionLimits {
         control::SessionLimits {
             cpu_time_per_call_ns: nanoseconds(self.cpu_time_per_call),
             cpu_time_ns: nanoseconds(self.cpu_time),
+            memory_bytes: self.memory_bytes,
         }
     }
 
     pub(crate) fn check(&self) -> Result<(), StartError> {
+        memory::check(self.memory_bytes)?;
         check_cpu_time("cpu_time_per_call", self.cpu_time_per_call)?;
         check_cpu_time("cpu_time_max", self.cpu_time)
     }

@@ -197,13 +197,18 @@ impl<F: Pipelined> Function<F> {
     /// The first pipeline of a process registers it with the kernel for `membarrier`, which may take some milliseconds.
     ///
     /// # Errors
-    /// [`CallError::PipelineTaken`] if another one is in use for so long, [`CallError::NoRoom`] if there is no memory for the stream (32 KiB), and those of any call:
+    /// [`CallError::PipelineUnsupported`] in a session with a memory limit of its own, [`CallError::PipelineTaken`] if another one is in use for so long, [`CallError::NoRoom`] if there is no memory for the stream (32 KiB), and those of any call:
     /// what the last pipeline has left in flight is waited for, within one timeout for all of it.
     pub fn pipeline(&self) -> Result<Pipeline<F>, CallError> {
         let function = self.clone();
         let session = &*function.session;
         if session.is_forked() {
             return Err(CallError::Forked); // the lock may be held for ever, by a thread that was not forked
+        }
+        if session.options.limits.memory_bytes.is_some() {
+            return Err(CallError::PipelineUnsupported {
+                function: FunctionName::clone(&function.target.name),
+            });
         }
         take(session, function.target.timeout, &function.target.name)?;
         // From here on dropping the pipeline gives the stream back.

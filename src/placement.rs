@@ -48,7 +48,8 @@ impl SessionBuilder {
     }
 
     /// Default: an ordinary thread. The session's thread runs under `SCHED_FIFO` with this priority, 1 to 99: before every ordinary thread of its CPU, until it sleeps.
-    /// Threads and processes that native code starts are ordinary again (`SCHED_RESET_ON_FORK`).
+    /// Threads and processes that native code starts are ordinary again (`SCHED_RESET_ON_FORK`). For use with [`SessionBuilder::pin_to`]: alone it tends to make calls slower, since the scheduler wakes
+    /// such a thread on its caller's CPU, and there it stays.
     ///
     /// Needs `CAP_SYS_NICE`, or an `RLIMIT_RTPRIO` of at least the priority. Native code that loops then keeps its CPU from everybody else for as long as the system lets it
     /// (`/proc/sys/kernel/sched_rt_runtime_us`, 95 % as a rule): on a machine with one CPU the library's own threads, which end calls at their deadline, too. Under

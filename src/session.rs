@@ -122,7 +122,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call some 10 ns longer; a session without it pays nothing.
+    /// Default: off. Measures how long calls take: see [`Session::latencies`]. It makes a near call about 10 ns longer on average; a session without it pays nothing.
     pub fn latencies(mut self, measure: bool) -> Self {
         self.latencies = measure;
         self
@@ -865,7 +865,22 @@ impl SessionInner {
     /// panic, and no payload is held, so there is nothing for a destructor to do.
     #[inline(always)]
     pub(crate) fn call_straight(&self, target: &Target, words: impl FnOnce(&Slot)) -> Straight {
+        self.call_straight_if(target, || true, words)
+    }
+
+    /// The same, but not here if `still` says no when the slot is taken.
+    #[inline(always)]
+    pub(crate) fn call_straight_if(
+        &self,
+        target: &Target,
+        still: impl FnOnce() -> bool,
+        words: impl FnOnce(&Slot),
+    ) -> Straight {
         let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
+        if !still() {
+            self.direct.busy.store(FREE, Release);
+            return Straight::Elsewhere;
+        }
         let slot = self.region.direct();
         words(slot);
         self.publish_direct(slot, target.index, target.label, sequence);
@@ -1054,6 +1069,18 @@ impl SessionInner {
         moved
     }
 
+    /// Leaves the direct slot to whoever calls next, if the calling thread is its home. For a thread that has prepared a session for others and will not call again: without it they would
+    /// have to wear out the home's claim first ([`CALLS_TO_MOVE`]).
+    pub(crate) fn leave_home(&self) {
+        let here = this_thread();
+        let home = self.direct.home.load(Relaxed);
+        if home & !ASKED == here {
+            // The home makes no call now. Fails if somebody is moving the home at this moment, which is as good. SYNC vacate
+            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            Turns::get().leave(here);
+        }
+    }
+
     /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
     fn settle_direct(&self, here: usize) {
         if self.direct.busy.load(Relaxed) != UNSURE {
@@ -1121,11 +1148,38 @@ impl SessionInner {
         &self.ring_books[slot as usize]
     }
 
+    /// How many calls hold a slot: those in flight, and submitted ones that are answered and neither waited for nor dropped. Unlike [`SessionInner::calls`] it counts a call from the moment at
+    /// which it has its slot until it has given it back. Looks at every slot, so it is not for every call.
+    pub(crate) fn slots_held(&self) -> usize {
+        if self.status.load(Acquire) == ABANDONED {
+            // The slots of abandoned calls that have returned are given back by the next caller, who may never come.
+            let _ = self.refuse(&|| self.own_name("look"));
+        }
+        let mut ring = lock(&self.ring);
+        self.reclaim(&mut ring);
+        let busy = self.ring_books.iter().filter(|books| books.busy.load(Acquire)).count();
+        drop(ring);
+        let direct = match self.direct.busy.load(Acquire) {
+            FREE => false,
+            // Left by a former home, and lowered only by the next call of the present one: what tells is the slot.
+            UNSURE => self.region.direct().turn() == Turn::Pending,
+            _ => true,
+        };
+        // The slot at the tail is busy and has no call in it.
+        busy.saturating_sub(1) + usize::from(direct)
+    }
+
+    /// Whether a call holds the direct slot, as far as one load can tell.
+    #[inline(always)]
+    pub(crate) fn is_direct_busy(&self) -> bool {
+        self.direct.busy.load(Relaxed) == TAKEN
+    }
+
     /// Frees the slots of callers that went away, where the reply has come.
     fn reclaim(&self, ring: &mut Ring) {
         let mut kept = Vec::new();
         for (slot, block) in ring.orphans.drain(..) {
-            if self.region.slot(slot).turn() == Turn::Reply {
+            if self.region.slot(slot).turn().is_answered() {
                 self.books(slot).busy.store(false, Release);
                 if let Some(block) = block {
                     self.free_block(block);
@@ -1188,7 +1242,7 @@ impl SessionInner {
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
                     let returned = match call.place {
-                        ReplyPlace::Slot(lane) => self.slot(lane).turn() == Turn::Reply,
+                        ReplyPlace::Slot(lane) => self.slot(lane).turn().is_answered(),
                         ReplyPlace::Stream(position) => self.region.stream().has_reply(position),
                     };
                     if !returned {
@@ -1403,6 +1457,19 @@ impl SessionInner {
         what: &'static str,
     ) -> Result<[u64; 2], CallError> {
         self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
+    }
+
+    /// What a session with a memory limit has in use, had at most, and was refused.
+    pub(crate) fn memory_counts(&self) -> Result<[u64; 3], CallError> {
+        let name = || self.own_name("memory");
+        let mut frame = self.claim(self.options.timeout, name)?;
+        match frame.run_fixed(fixed::MEMORY, &[], "memory")? {
+            [fixed::OK, used] => Ok([used, frame.reply(2), frame.reply(3)]),
+            _ => {
+                drop(frame);
+                Err(self.wrong_answer(&name()))
+            }
+        }
     }
 
     /// Copies worker memory, in pieces, each through a frame that `claim` gives.
@@ -1879,6 +1946,14 @@ impl<'s> Frame<'s> {
                     session.abandon(place, self.block.take(), function.clone(), self.closes);
                 }
                 CallError::TimedOut { function, after: timeout, worker_killed }
+            }
+            Waited::Refused => {
+                let Some(bytes_max) = session.options.limits.memory_bytes else {
+                    return session.broken("a refusal of memory that has no limit".into(), &function);
+                };
+                self.stage = Stage::Replied;
+                let (asked, used) = (self.reply(0), self.reply(1));
+                CallError::SessionMemoryExceeded { function, asked, used, bytes_max }
             }
             Waited::Breach(state) => {
                 session

@@ -4,6 +4,7 @@ use crate::cgroup::Group;
 use crate::crash::{Cause, CrashReport, Death, Involvement};
 use crate::error::{FunctionName, StartError};
 use crate::limits::{Evidence, WorkerLimits};
+use crate::memory;
 use crate::monitor::{self, Runtime, Source, Spawned, lock};
 use crate::placement;
 use crate::session::{Session, SessionBuilder, SessionInner};
@@ -185,6 +186,10 @@ impl WorkerBuilder {
 
     pub(crate) fn session_options(&self) -> &SessionBuilder {
         &self.session
+    }
+
+    pub(crate) fn grace_period(&self) -> Duration {
+        self.grace
     }
 
     /// Starts the worker and waits until it is ready.
@@ -756,6 +761,7 @@ impl WorkerInner {
         self.drain_output();
         let page = CrashRegion::open(self.crash_page.as_fd()).ok();
         let facts = page.as_ref().and_then(|region| region.page().read());
+        let refusals = page.as_ref().map_or_else(Vec::new, |region| region.page().refusals());
         let group = lock(&self.group).take();
         let evidence = Evidence {
             status,
@@ -779,7 +785,11 @@ impl WorkerInner {
                     session.map_or(&self.session_defaults.limits, |session| &session.options.limits)
                 };
                 let session = facts.as_ref().and_then(|facts| facts.session);
-                match self.limits.exceeded(&evidence, limits) {
+                let of_session = memory::exceeded(&refusals, &sessions, status, facts.as_ref());
+                match of_session
+                    .map(|(cause, session)| (cause, Some(session)))
+                    .or_else(|| self.limits.exceeded(&evidence, limits))
+                {
                     Some((cause, noted)) => (cause, noted.or(session)),
                     None => (Self::cause_of(status, facts.as_ref()), session),
                 }

@@ -12,6 +12,12 @@ const SOURCE: &str = r#"
 #include <string.h>
 int32_t add(int32_t a, int32_t b) { return a + b; }
 uint32_t take(const uint8_t *bytes, uint64_t length) { return bytes[0] + bytes[length - 1]; }
+/* One byte of each cache line. */
+uint32_t skim(const uint8_t *bytes, uint64_t length) {
+    uint32_t sum = 0;
+    for (uint64_t i = 0; i < length; i += 64) sum += bytes[i];
+    return sum;
+}
 void give(uint8_t *bytes, uint64_t length) { bytes[0] = 7; bytes[length - 1] = 9; }
 uint64_t length(const char *text) { return strlen(text); }
 const char *name(void) { return "a name of 20 letters"; }

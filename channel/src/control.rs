@@ -164,13 +164,15 @@ pub struct WorkerLimits {
     pub core_bytes: u64,
 }
 
-/// CPU time of a session's thread, in nanoseconds. `None`: no limit.
+/// What a session may use. `None`: no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SessionLimits {
-    /// In one call.
+    /// CPU time of its thread in one call, in nanoseconds.
     pub cpu_time_per_call_ns: Option<u64>,
-    /// In all.
+    /// CPU time of its thread in all, in nanoseconds.
     pub cpu_time_ns: Option<u64>,
+    /// Bytes that its thread and modules may have allocated at a time.
+    pub memory_bytes: Option<u64>,
 }
 
 /// What a session could not have because of a limit.

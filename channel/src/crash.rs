@@ -1,8 +1,9 @@
 //! The crash page: what a dying worker leaves behind for its host.
 //!
-//! **The law.** The page is shared memory and lies outside of every lock. The *worker's signal handler* is its
-//! only writer; it writes once in the worker's life, with plain (relaxed) atomic stores, and publishes each step by
-//! a Release store of the stage. The *host* only reads, and trusts nothing: each word is copied once, checked,
+//! **The law.** The page is shared memory and lies outside of every lock. The *worker's signal handler* is the
+//! only writer of all but the refusals; it writes once in the worker's life, with plain (relaxed) atomic stores, and publishes each step by
+//! a Release store of the stage. A refusal belongs to the thread that claimed it, which writes it when its session's memory limit has refused it an
+//! allocation and takes it back when it has lived through that. The *host* only reads, and trusts nothing: each word is copied once, checked,
 //! and used from the copy; whatever the bytes are, [`CrashPage::read`] gives owned, printable facts or `None`. The page
 //! is made of atomics only, so a `&CrashPage` to a mapping that another process writes is legitimate.
 //!
@@ -23,9 +24,11 @@
 //!         96  limit_amount u64
 //!         104 reserved [u64; 3]
 //!         128 frames [frame; 48]
-//!         8960 reserved up to 12288
+//!         8960 refusals [refusal; 32]
+//!         9984 reserved up to 12288
 //!
 //! frame   0 pc u64 │ 8 object_offset u64 │ 16 symbol_offset u64 │ 24 object [u8; 64] │ 88 symbol [u8; 96]
+//! refusal 0 state u32 │ 4 session u32 │ 8 thread u32 │ 12 reserved u32 │ 16 asked u64 │ 24 used u64
 //! ```
 //!
 //! The frames are published one by one (the count is a Release store), so a worker that dies for good in the middle
@@ -39,6 +42,8 @@ use std::fmt;
 pub const CRASH_PAGE_BYTES: usize = 12288;
 /// Most frames in a backtrace.
 pub const FRAMES_MAX: usize = 48;
+/// Most threads that can stand refused memory at a time.
+pub const REFUSALS_MAX: usize = 32;
 /// Most bytes of an object's name; what is longer is cut.
 pub const OBJECT_NAME_BYTES_MAX: usize = 64;
 /// Most bytes of a symbol's name; what is longer is cut.
@@ -49,7 +54,7 @@ pub const INSTRUCTION_BYTES_MAX: usize = 16;
 const OBJECT_WORDS: usize = OBJECT_NAME_BYTES_MAX / 8;
 const SYMBOL_WORDS: usize = SYMBOL_NAME_BYTES_MAX / 8;
 const INSTRUCTION_WORDS: usize = INSTRUCTION_BYTES_MAX / 8;
-const TAIL_WORDS: usize = (CRASH_PAGE_BYTES - 128 - FRAMES_MAX * 184) / 8;
+const TAIL_WORDS: usize = (CRASH_PAGE_BYTES - 128 - FRAMES_MAX * 184 - REFUSALS_MAX * 32) / 8;
 
 /// Largest signal number of Linux.
 const SIGNAL_MAX: i32 = 64;
@@ -69,6 +74,13 @@ const FLAG_STACK_OVERFLOW: u32 = 1;
 const FLAG_NESTED: u32 = 1 << 1;
 const FLAG_FAULT_ADDRESS: u32 = 1 << 2;
 const FLAG_SYSCALL: u32 = 1 << 3;
+
+/// Nobody's refusal.
+const REFUSAL_FREE: u32 = 0;
+/// A thread is writing it.
+const REFUSAL_CLAIMED: u32 = 1;
+/// It is there.
+const REFUSAL_STANDS: u32 = 2;
 
 const ACCESS_UNKNOWN: u32 = 0;
 const ACCESS_READ: u32 = 1;
@@ -99,6 +111,7 @@ pub struct CrashPage {
     limit_amount: AtomicU64,
     reserved_words: [AtomicU64; 3],
     frames: [FrameCell; FRAMES_MAX],
+    refusals: [RefusalCell; REFUSALS_MAX],
     reserved_tail: [AtomicU64; TAIL_WORDS],
 }
 
@@ -110,6 +123,17 @@ pub(crate) struct FrameCell {
     symbol_offset: AtomicU64,
     object: [AtomicU64; OBJECT_WORDS],
     symbol: [AtomicU64; SYMBOL_WORDS],
+}
+
+/// An allocation that a session's memory limit has refused, as it lies in the page.
+#[repr(C)]
+pub(crate) struct RefusalCell {
+    state: AtomicU32,
+    session: AtomicU32,
+    thread: AtomicU32,
+    reserved: AtomicU32,
+    asked: AtomicU64,
+    used: AtomicU64,
 }
 
 const _: () = {
@@ -137,9 +161,19 @@ const _: () = {
     assert!(offset_of!(CrashPage, limit_amount) == 96);
     assert!(offset_of!(CrashPage, reserved_words) == 104);
     assert!(offset_of!(CrashPage, frames) == 128);
-    assert!(offset_of!(CrashPage, reserved_tail) == 8960);
+    assert!(offset_of!(CrashPage, refusals) == 8960);
+    assert!(offset_of!(CrashPage, reserved_tail) == 9984);
     // No padding: the sum of the fields is the page.
-    assert!(14 * 4 + 4 * 8 + 16 + 3 * 8 + FRAMES_MAX * 184 + TAIL_WORDS * 8 == CRASH_PAGE_BYTES);
+    assert!(
+        14 * 4 + 4 * 8 + 16 + 3 * 8 + FRAMES_MAX * 184 + REFUSALS_MAX * 32 + TAIL_WORDS * 8
+            == CRASH_PAGE_BYTES
+    );
+    assert!(size_of::<RefusalCell>() == 32);
+    assert!(offset_of!(RefusalCell, state) == 0);
+    assert!(offset_of!(RefusalCell, session) == 4);
+    assert!(offset_of!(RefusalCell, thread) == 8);
+    assert!(offset_of!(RefusalCell, asked) == 16);
+    assert!(offset_of!(RefusalCell, used) == 24);
     assert!(size_of::<FrameCell>() == 184);
     assert!(align_of::<FrameCell>() == 8);
     assert!(offset_of!(FrameCell, pc) == 0);
@@ -171,8 +205,6 @@ pub enum Exceeded {
     WorkerCpuTime,
     /// Memory of the process: some was refused. The amount is bytes, 0 if not known.
     WorkerMemory,
-    /// Memory of a session. The amount is bytes, 0 if not known.
-    SessionMemory,
 }
 
 /// No limit was exceeded.
@@ -181,7 +213,6 @@ const LIMIT_CALL_CPU_TIME: u32 = 1;
 const LIMIT_SESSION_CPU_TIME: u32 = 2;
 const LIMIT_WORKER_CPU_TIME: u32 = 3;
 const LIMIT_WORKER_MEMORY: u32 = 4;
-const LIMIT_SESSION_MEMORY: u32 = 5;
 /// A thread is writing which.
 const LIMIT_CLAIMED: u32 = u32::MAX;
 
@@ -254,6 +285,7 @@ impl CrashPage {
             limit_amount: AtomicU64::new(0),
             reserved_words: [const { AtomicU64::new(0) }; 3],
             frames: [const { FrameCell::new() }; FRAMES_MAX],
+            refusals: [const { RefusalCell::new() }; REFUSALS_MAX],
             reserved_tail: [const { AtomicU64::new(0) }; TAIL_WORDS],
         }
     }
@@ -315,7 +347,6 @@ impl CrashPage {
             Exceeded::SessionCpuTime => LIMIT_SESSION_CPU_TIME,
             Exceeded::WorkerCpuTime => LIMIT_WORKER_CPU_TIME,
             Exceeded::WorkerMemory => LIMIT_WORKER_MEMORY,
-            Exceeded::SessionMemory => LIMIT_SESSION_MEMORY,
         };
         self.limit_session.store(note.session.unwrap_or(NONE), Ordering::Relaxed);
         self.limit_amount.store(note.amount, Ordering::Relaxed);
@@ -373,6 +404,41 @@ impl CrashPage {
     }
 }
 
+/// The worker's side: any thread whose session has a memory limit. Nothing here allocates, locks, formats or panics: it is called in the
+/// middle of an allocation.
+impl CrashPage {
+    /// Notes that `session`'s limit has refused the calling thread `asked` bytes while `used` were in use. Gives what takes it back; `None` if as many
+    /// threads as there is room for stand refused.
+    pub fn push_refusal(&self, session: u32, thread: u32, asked: u64, used: u64) -> Option<usize> {
+        let claim = |cell: &RefusalCell| {
+            // Acquire is not needed: nothing is read that another thread wrote.
+            let claim = cell.state.compare_exchange(
+                REFUSAL_FREE,
+                REFUSAL_CLAIMED,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            claim.is_ok()
+        };
+        let index = self.refusals.iter().position(claim)?;
+        let cell = self.refusals.get(index)?;
+        cell.session.store(session, Ordering::Relaxed);
+        cell.thread.store(thread, Ordering::Relaxed);
+        cell.asked.store(asked, Ordering::Relaxed);
+        cell.used.store(used, Ordering::Relaxed);
+        // SYNC crash-refusal: publishes the refusal to refusals()
+        cell.state.store(REFUSAL_STANDS, Ordering::Release);
+        Some(index)
+    }
+
+    /// Takes back what [`CrashPage::push_refusal`] noted. Only for the thread that noted it.
+    pub fn take_refusal_back(&self, index: usize) {
+        if let Some(cell) = self.refusals.get(index) {
+            cell.state.store(REFUSAL_FREE, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Default for CrashPage {
     fn default() -> Self {
         Self::new()
@@ -382,6 +448,19 @@ impl Default for CrashPage {
 impl fmt::Debug for CrashPage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CrashPage").field("stage", &self.stage).finish_non_exhaustive()
+    }
+}
+
+impl RefusalCell {
+    const fn new() -> Self {
+        Self {
+            state: AtomicU32::new(REFUSAL_FREE),
+            session: AtomicU32::new(0),
+            thread: AtomicU32::new(0),
+            reserved: AtomicU32::new(0),
+            asked: AtomicU64::new(0),
+            used: AtomicU64::new(0),
+        }
     }
 }
 
@@ -419,7 +498,6 @@ impl CrashPage {
             LIMIT_SESSION_CPU_TIME => Exceeded::SessionCpuTime,
             LIMIT_WORKER_CPU_TIME => Exceeded::WorkerCpuTime,
             LIMIT_WORKER_MEMORY => Exceeded::WorkerMemory,
-            LIMIT_SESSION_MEMORY => Exceeded::SessionMemory,
             _ => return None,
         };
         let session = Some(self.limit_session.load(Ordering::Relaxed)).filter(|session| *session != NONE);
@@ -475,6 +553,34 @@ impl CrashPage {
             complete,
         })
     }
+}
+
+impl CrashPage {
+    /// Copies the refusals that stand: those that the worker noted and did not take back. At most [`REFUSALS_MAX`].
+    pub fn refusals(&self) -> Vec<Refusal> {
+        // SYNC crash-refusal: pairs with push_refusal()
+        let stands = |cell: &&RefusalCell| cell.state.load(Ordering::Acquire) == REFUSAL_STANDS;
+        let copy = |cell: &RefusalCell| Refusal {
+            session: cell.session.load(Ordering::Relaxed),
+            thread: cell.thread.load(Ordering::Relaxed),
+            asked: cell.asked.load(Ordering::Relaxed),
+            used: cell.used.load(Ordering::Relaxed),
+        };
+        self.refusals.iter().filter(stands).map(copy).collect()
+    }
+}
+
+/// An allocation that a session's memory limit refused, and that its thread had not lived through: by [`CrashPage::refusals`]. Untrusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The session.
+    pub session: u32,
+    /// The kernel id of the thread that asked.
+    pub thread: u32,
+    /// How many bytes it asked for.
+    pub asked: u64,
+    /// How many bytes the session had in use.
+    pub used: u64,
 }
 
 impl FrameCell {
@@ -615,6 +721,9 @@ pub(crate) const WIRE_CONSTANTS: &[(&str, u32)] = &[
     ("FLAG_NESTED", FLAG_NESTED),
     ("FLAG_FAULT_ADDRESS", FLAG_FAULT_ADDRESS),
     ("FLAG_SYSCALL", FLAG_SYSCALL),
+    ("REFUSAL_FREE", REFUSAL_FREE),
+    ("REFUSAL_CLAIMED", REFUSAL_CLAIMED),
+    ("REFUSAL_STANDS", REFUSAL_STANDS),
     ("ACCESS_UNKNOWN", ACCESS_UNKNOWN),
     ("ACCESS_READ", ACCESS_READ),
     ("ACCESS_WRITE", ACCESS_WRITE),
@@ -624,17 +733,18 @@ pub(crate) const WIRE_CONSTANTS: &[(&str, u32)] = &[
     ("LIMIT_SESSION_CPU_TIME", LIMIT_SESSION_CPU_TIME),
     ("LIMIT_WORKER_CPU_TIME", LIMIT_WORKER_CPU_TIME),
     ("LIMIT_WORKER_MEMORY", LIMIT_WORKER_MEMORY),
-    ("LIMIT_SESSION_MEMORY", LIMIT_SESSION_MEMORY),
     ("LIMIT_CLAIMED", LIMIT_CLAIMED),
 ];
 
 #[cfg(all(test, not(loom)))]
 mod wire {
-    use super::{CrashPage, FrameCell};
+    use super::{CrashPage, FrameCell, RefusalCell};
     crate::wire_format::shared!(FrameCell: pc, object_offset, symbol_offset, object, symbol);
+    crate::wire_format::shared!(RefusalCell: state, session, thread, reserved, asked, used);
     crate::wire_format::shared!(CrashPage:
         stage, flags, signal, code, thread, session, function, syscall, access, instruction_bytes, frame_count, reserved,
-        fault_address, pc, sp, instruction, limit, limit_session, limit_amount, reserved_words, frames, reserved_tail);
+        fault_address, pc, sp, instruction, limit, limit_session, limit_amount, reserved_words, frames, refusals,
+        reserved_tail);
 }
 
 #[cfg(test)]
@@ -685,6 +795,13 @@ mod tests {
                 .chain(&frame.object)
                 .chain(&frame.symbol)
         });
+        for cell in &page.refusals {
+            for half in [&cell.state, &cell.session, &cell.thread] {
+                half.store(u32::try_from(word() >> 32).unwrap(), Ordering::Relaxed);
+            }
+            cell.asked.store(word(), Ordering::Relaxed);
+            cell.used.store(word(), Ordering::Relaxed);
+        }
         for cell in
             [&page.fault_address, &page.pc, &page.sp].into_iter().chain(&page.instruction).chain(frames)
         {
@@ -769,6 +886,21 @@ mod tests {
     }
 
     #[test]
+    fn refusals_stand_until_they_are_taken_back() {
+        let page = CrashPage::new();
+        assert!(page.refusals().is_empty());
+        let first = page.push_refusal(3, 77, 4096, 100).unwrap();
+        let second = page.push_refusal(4, 78, 1, 2).unwrap();
+        page.take_refusal_back(first);
+        assert_eq!(page.refusals(), [Refusal { session: 4, thread: 78, asked: 1, used: 2 }]);
+        let more = (0..100).filter(|_| page.push_refusal(5, 79, 1, 2).is_some()).count();
+        assert_eq!(more, REFUSALS_MAX - 1);
+        page.take_refusal_back(second);
+        page.take_refusal_back(REFUSALS_MAX);
+        assert_eq!(page.refusals().len(), REFUSALS_MAX - 1);
+    }
+
+    #[test]
     fn all_ones_read_as_nothing_and_as_bounded_facts_once_the_stage_is_valid() {
         let page = CrashPage::new();
         fill(&page, || u64::MAX);
@@ -821,6 +953,7 @@ mod tests {
             });
             page.stage.store(stage, Ordering::Relaxed);
             page.signal.store(signal, Ordering::Relaxed);
+            prop_assert!(page.refusals().len() <= REFUSALS_MAX);
             if let Some(read) = page.read() {
                 prop_assert!(matches!(stage, 2 | 3) && (1..=64).contains(&read.signal));
                 prop_assert!(read.frames.len() <= FRAMES_MAX && read.instruction.len() <= INSTRUCTION_BYTES_MAX);

@@ -13,6 +13,7 @@
 //! | [`FREE`] | address | status |
 //! | [`READ_STRING`] | target address (arena), source address, capacity | status, length |
 //! | [`CLOSE`] | | `OK`, and the session's thread ends |
+//! | [`MEMORY`] | | status, bytes in use, most bytes that were, allocations refused |
 //! | [`STREAM`] | position of the next request, the host's barrier | `OK`, the barrier for both |
 //! | [`STREAM_END`] (in the stream only) | | |
 
@@ -35,10 +36,12 @@ pub const FREE: u32 = 5;
 pub const READ_STRING: u32 = 6;
 /// Ends the session: frees its blocks, unloads its modules, ends its thread.
 pub const CLOSE: u32 = 7;
+/// Tells what a session with a memory limit has allocated; without one, [`BAD_REQUEST`].
+pub const MEMORY: u32 = 8;
 /// Switches the stream on: see [`crate::stream`].
-pub const STREAM: u32 = 8;
+pub const STREAM: u32 = 9;
 /// The stream's last record: switches it off.
-pub const STREAM_END: u32 = 9;
+pub const STREAM_END: u32 = 10;
 /// The highest of the session's own functions.
 pub const FIXED_MAX: u32 = STREAM_END;
 

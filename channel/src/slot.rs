@@ -55,6 +55,8 @@ pub const REPLY: u32 = 2;
 pub const UPCALL: u32 = 3;
 /// The host gave the slot up: its worker is dead. Set by the host only.
 pub const CLOSED: u32 = 4;
+/// The host's turn: the call has returned, but the session's memory limit refused an allocation while it ran. The words say how much was asked for and how much was in use.
+pub const REFUSED: u32 = 5;
 /// Added by whoever is about to sleep until this word changes.
 pub const PARKED: u32 = 1 << 31;
 
@@ -72,10 +74,19 @@ pub enum Turn {
     Pending,
     /// The reply is there.
     Reply,
+    /// The reply is there; the call was refused memory.
+    Refused,
     /// The host closed the slot because the worker died.
     Closed,
     /// A state that the protocol does not have: a breach.
     Unknown(u32),
+}
+
+impl Turn {
+    /// Whether the worker has answered.
+    pub fn is_answered(self) -> bool {
+        matches!(self, Turn::Reply | Turn::Refused)
+    }
 }
 
 /// One call's place in the region. Two cache lines; the second is only touched by calls with more than seven words.
@@ -154,6 +165,7 @@ impl Slot {
         // SYNC reply
         match self.state.load(Acquire) & !PARKED {
             REPLY => Turn::Reply,
+            REFUSED => Turn::Refused,
             REQUEST => Turn::Pending,
             CLOSED => Turn::Closed,
             other => Turn::Unknown(other),
@@ -193,6 +205,12 @@ impl Slot {
     #[must_use]
     pub fn reply(&self) -> bool {
         self.state.swap(REPLY, AcqRel) & PARKED != 0 // SYNC reply
+    }
+
+    /// Worker: hands the slot back after a call that was refused memory. True if the caller sleeps and must be woken.
+    #[must_use]
+    pub fn reply_refused(&self) -> bool {
+        self.state.swap(REFUSED, AcqRel) & PARKED != 0 // SYNC reply
     }
 
     /// Worker: announces that it is about to sleep until a request. False if there is one already.

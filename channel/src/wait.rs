@@ -179,6 +179,8 @@ pub(crate) fn cpu() -> u32 {
 pub enum Waited {
     /// The reply is in the slot.
     Replied,
+    /// The reply is in the slot, and says that the call was refused memory.
+    Refused,
     /// The worker is dead and left no reply.
     Dead,
     /// The deadline passed.
@@ -242,6 +244,7 @@ pub fn wait_reply_slow(
     let waited = loop {
         match slot.turn() {
             Turn::Reply => break Waited::Replied,
+            Turn::Refused => break Waited::Refused,
             Turn::Unknown(state) => break Waited::Breach(state),
             Turn::Closed => break Waited::Dead,
             Turn::Pending => {}
@@ -258,7 +261,7 @@ pub fn wait_reply_slow(
         fence(SeqCst); // SYNC death
         if !alive() {
             // Dead, and the monitor has not yet come to this slot, or found it idle before we published.
-            if slot.turn() != Turn::Reply {
+            if !slot.turn().is_answered() {
                 break Waited::Dead;
             }
             continue;
@@ -311,6 +314,14 @@ pub fn close(slot: &Slot) {
 #[inline(always)]
 pub fn reply(slot: &Slot) {
     if slot.reply() {
+        wake_caller(slot);
+    }
+}
+
+/// Worker: hands the reply of a call over that was refused memory, and wakes a sleeping caller.
+#[cold]
+pub fn reply_refused(slot: &Slot) {
+    if slot.reply_refused() {
         wake_caller(slot);
     }
 }

@@ -104,6 +104,7 @@ fn structs_in_shared_memory_lie_as_documented() {
     compare_struct::<region::SessionHeader>("SessionHeader");
     compare_struct::<crash::CrashPage>("CrashPage");
     compare_struct::<crash::FrameCell>("FrameCell");
+    compare_struct::<crash::RefusalCell>("RefusalCell");
 }
 
 #[test]
@@ -117,11 +118,11 @@ fn constants_are_as_documented() {
         layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET SLEEPERS_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
         stream: RECORDS RECORD_WORDS AWAKE ASLEEP;
-        slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED PARKED;
+        slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED REFUSED PARKED;
         control: FRAME_BYTES_MAX;
         session: DIRECTORY_BYTES_MAX STRING_LONGER STRING_LOST STRING_NULL STRING_WORDS NOP DIRECTORY READ WRITE ALLOCATE FREE READ_STRING
-            CLOSE STREAM STREAM_END OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
-        crash: CRASH_PAGE_BYTES FRAMES_MAX;
+            CLOSE MEMORY STREAM STREAM_END OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
+        crash: CRASH_PAGE_BYTES FRAMES_MAX REFUSALS_MAX;
     };
     expected.push(("ARGS_MAX", ARGS_MAX as u64));
     expected.extend(crash::WIRE_CONSTANTS.iter().map(|(name, value)| (*name, u64::from(*value))));
@@ -220,7 +221,11 @@ fn messages_are_encoded_as_documented() {
                 same(row, &ToWorker::LimitWorker(limits));
             }
             "ToWorker::LimitSession" => {
-                let limits = SessionLimits { cpu_time_per_call_ns: Some(1000), cpu_time_ns: None };
+                let limits = SessionLimits {
+                    cpu_time_per_call_ns: Some(1000),
+                    cpu_time_ns: None,
+                    memory_bytes: Some(1 << 20),
+                };
                 same(row, &ToWorker::LimitSession { session: 7, limits });
             }
             "ToHost::Scarce" => same(row, &ToHost::Scarce { session: 7, what: Scarce::OpenFiles }),

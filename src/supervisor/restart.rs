@@ -213,6 +213,11 @@ impl Restarts {
                 && self.ends.back().is_none_or(|end| self.is_old(*end, now))
     }
 
+    /// Whether the last start is a trial, after the circuit was open.
+    pub(crate) fn is_trial(&self) -> bool {
+        self.trial
+    }
+
     /// A start is being made.
     pub(crate) fn starting(&mut self, now: Instant) {
         self.trial = self.open_until.take().is_some() || self.trial;

@@ -201,8 +201,12 @@ fn open(
                     return;
                 }
             };
-            serve::serve(session, &region, policy, || {
-                let _ = socket::send(answers.as_fd(), &control::encode(&opened), None);
+            serve::serve(session, &region, policy, limits.memory_bytes, |listens| {
+                let answer = match listens {
+                    Ok(()) => opened,
+                    Err(reason) => ToHost::Refused { session, reason: reason.into() },
+                };
+                let _ = socket::send(answers.as_fd(), &control::encode(&answer), None);
                 drop(answers);
             });
         })

@@ -195,6 +195,26 @@ pub(crate) fn set_session(session: u32, running: &AtomicU32) {
     });
 }
 
+/// Notes in the crash page that a session's memory limit has refused the calling thread something; [`take_refusal_back`] takes it back. Allocates nothing: it is
+/// called in the middle of an allocation.
+pub(crate) fn push_refusal(session: u32, asked: u64, used: u64) -> Option<usize> {
+    let installed = INSTALLED.get()?;
+    // SAFETY: has no preconditions.
+    if unsafe { libc::getpid() } != installed.process {
+        return None; // the page is the worker's, not its children's
+    }
+    installed.page.push_refusal(session, thread_id().cast_unsigned(), asked, used)
+}
+
+/// The thread has lived through what [`push_refusal`] noted.
+pub(crate) fn take_refusal_back(index: usize) {
+    let Some(installed) = INSTALLED.get() else { return };
+    // SAFETY: has no preconditions.
+    if unsafe { libc::getpid() } == installed.process {
+        installed.page.take_refusal_back(index);
+    }
+}
+
 /// What [`enter_thread`] and [`set_session`] noted, for as long as it holds.
 #[derive(Debug)]
 #[must_use = "the thread loses its signal stack when this drops"]

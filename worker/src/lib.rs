@@ -10,12 +10,15 @@
 //! reset signals, say hello and check the host's, map the crash page, install the crash handler and the limits, serve the control socket. No foreign code is
 //! loaded before all of that is done.
 
+mod allocations;
 mod control;
 mod crash_handler;
 mod dispatch;
 mod library;
 mod limits;
+mod linker;
 mod memory;
+mod meter;
 mod serve;
 mod stream;
 

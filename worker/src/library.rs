@@ -4,7 +4,9 @@
 //! **Law.** Loading a library runs foreign code (its constructors), and a symbol's address is foreign code: that is the purpose of this
 //! process. A library stays loaded as long as any [`Callable`] of its session may be called: both live in the session and go with it.
 
+use crate::allocations;
 use crate::dispatch::Callable;
+use crate::linker::{self, OpenError};
 use crate::serve::failed;
 use hotcell_channel::session::{Answer, FailureKind};
 use hotcell_channel::signature::Signature;
@@ -16,9 +18,15 @@ use std::os::unix::ffi::OsStrExt;
 #[derive(Debug, Default)]
 pub(crate) struct Libraries {
     loaded: Vec<Library>,
+    /// The session has a memory limit: what its modules allocate is counted.
+    counted: bool,
 }
 
 impl Libraries {
+    pub(crate) fn new(counted: bool) -> Self {
+        Self { loaded: Vec::new(), counted }
+    }
+
     pub(crate) fn load(&mut self, name: &[u8], now: bool, global: bool) -> Answer {
         let name = OsStr::from_bytes(name);
         // What can be told without the linker's words is told by the file itself.
@@ -27,8 +35,13 @@ impl Libraries {
             return answer;
         }
         let flags = if now { RTLD_NOW } else { RTLD_LAZY } | if global { RTLD_GLOBAL } else { RTLD_LOCAL };
-        // SAFETY: runs the library's constructors, as the host asks; see the module's law.
-        match unsafe { Library::open(Some(name), flags) } {
+        let opened = if self.counted {
+            linker::open(name, flags)
+        } else {
+            // SAFETY: runs the library's constructors, as the host asks; see the module's law.
+            unsafe { Library::open(Some(name), flags) }.map_err(OpenError::Linker)
+        };
+        match opened {
             Ok(library) => {
                 self.loaded.push(library);
                 match u32::try_from(self.loaded.len() - 1) {
@@ -37,9 +50,17 @@ impl Libraries {
                 }
             }
             // The linker says so in words only.
-            Err(error) if no_descriptor_is_left() => failed(FailureKind::OpenFiles, linkers_words(&error)),
-            Err(error) => classify(&name.to_string_lossy(), linkers_words(&error)),
+            Err(OpenError::Linker(error)) if no_descriptor_is_left() => {
+                failed(FailureKind::OpenFiles, linkers_words(&error))
+            }
+            Err(OpenError::Linker(error)) => classify(&name.to_string_lossy(), linkers_words(&error)),
+            Err(OpenError::Uncounted(why)) => failed(FailureKind::Linker, why),
         }
+    }
+
+    /// Unloads what was loaded last.
+    pub(crate) fn unload_last(&mut self) {
+        drop(self.loaded.pop());
     }
 
     pub(crate) fn resolve(
@@ -61,8 +82,16 @@ impl Libraries {
         };
         let address =
             address.ok_or_else(|| failed(FailureKind::MissingSymbol, "the symbol's address is null"))?;
+        let address = if self.counted { counting(address) } else { address };
         Callable::new(address, signature, errno).map_err(|why| failed(FailureKind::BadSignature, why))
     }
+}
+
+/// The function that the session's own modules call in place of this one: a host that calls `malloc` by name is counted like them.
+fn counting(function: unsafe extern "C" fn()) -> unsafe extern "C" fn() {
+    let ours = allocations::in_place_of(function as usize);
+    // SAFETY: the address is the function's, or that of one which takes its place with the same contract.
+    unsafe { std::mem::transmute::<usize, unsafe extern "C" fn()>(ours) }
 }
 
 /// Whether the process has as many descriptors open as it may. Asked by making one more.

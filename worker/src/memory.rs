@@ -5,6 +5,7 @@
 //! (`process_vm_readv`, which answers a bad one with an error) or compared with the list of blocks that were allocated here; none is
 //! dereferenced by this code.
 
+use crate::allocations;
 use hotcell_channel::session::{FAULT, NO_MEMORY, OK, TOO_LONG, UNKNOWN_BLOCK};
 use hotcell_channel::sys;
 use std::collections::HashSet;
@@ -21,8 +22,8 @@ const PAGE: usize = 4096;
 impl Blocks {
     pub(crate) fn allocate(&mut self, bytes: u64) -> (u64, u64) {
         let Ok(size) = usize::try_from(bytes) else { return (NO_MEMORY, 0) };
-        // SAFETY: calloc takes any size. One byte at least, so that the address is unique.
-        let block = unsafe { libc::calloc(1, size.max(1)) };
+        // One byte at least, so that the address is unique.
+        let block = allocations::zeroed(size.max(1));
         if block.is_null() {
             return (NO_MEMORY, 0);
         }
@@ -84,8 +85,8 @@ impl Blocks {
 
 fn release(address: u64) {
     let Ok(address) = usize::try_from(address) else { return };
-    // SAFETY: callers pass addresses from `addresses`, which holds what calloc gave and nobody has freed through us.
-    unsafe { libc::free(std::ptr::with_exposed_provenance_mut(address)) };
+    // SAFETY: callers pass addresses from `addresses`, which holds what `zeroed` gave and nobody has freed through us.
+    unsafe { allocations::release(std::ptr::with_exposed_provenance_mut(address)) };
 }
 
 impl Drop for Blocks {

@@ -4,6 +4,7 @@ use crate::crash_handler;
 use crate::dispatch::Callable;
 use crate::library::Libraries;
 use crate::memory::Blocks;
+use crate::meter::{self, Meter};
 use crate::stream::StreamLane;
 use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
@@ -19,11 +20,35 @@ struct Session<'r> {
     libraries: Libraries,
     functions: Vec<Callable>,
     blocks: Blocks,
+    meter: Option<Meter>,
     stream: StreamLane<'r>,
 }
 
-/// Serves a session on the calling thread until the host closes it. `listening` is called once, when requests can come.
-pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl FnOnce()) {
+/// Serves a session on the calling thread until the host closes it. `listening` is called once, when requests can come. A session without a memory limit has a
+/// loop of its own, in which nothing is metered.
+pub(crate) fn serve(
+    id: u32,
+    region: &Region,
+    policy: Policy,
+    memory_bytes_max: Option<u64>,
+    listening: impl FnOnce(Result<(), &'static str>),
+) {
+    let Some(limit) = memory_bytes_max else {
+        return serve_as::<false>(id, region, policy, None, || listening(Ok(())));
+    };
+    match Meter::open(id, limit) {
+        Some(meter) => serve_as::<true>(id, region, policy, Some(meter), || listening(Ok(()))),
+        None => listening(Err("the worker has as many sessions with a memory limit as it can have")),
+    }
+}
+
+fn serve_as<const METERED: bool>(
+    id: u32,
+    region: &Region,
+    policy: Policy,
+    meter: Option<Meter>,
+    listening: impl FnOnce(),
+) {
     // A panic here is a bug of the worker; the host must see a dead worker, not a session that never answers.
     let bomb = AbortOnPanic;
     let _stack = crash_handler::enter_thread();
@@ -33,9 +58,10 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
 
     let mut session = Session {
         region,
-        libraries: Libraries::default(),
+        libraries: Libraries::new(METERED),
         functions: Vec::new(),
         blocks: Blocks::default(),
+        meter,
         stream: StreamLane::new(region),
     };
     let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
@@ -72,6 +98,7 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
             }
         };
         let (function, next) = slot.function();
+        let refusals = if METERED { session.refusals() } else { 0 };
         running.store(function, Relaxed);
         let callable = function.checked_sub(FUNCTIONS_BASE).and_then(|i| session.functions.get(i as usize));
         if let Some(callable) = callable {
@@ -86,13 +113,17 @@ pub(crate) fn serve(id: u32, region: &Region, policy: Policy, listening: impl Fn
         if which == Which::Ring {
             ring = region.slot(next % slots);
         }
-        wait::reply(slot);
+        if METERED && session.was_refused(refusals, slot) {
+            wait::reply_refused(slot);
+        } else {
+            wait::reply(slot);
+        }
     }
 }
 
 #[cold]
 fn close(session: Session<'_>, slot: &Slot, bomb: AbortOnPanic) {
-    // Frees blocks and unloads libraries, whose destructors run here, inside the call's deadline.
+    // Frees blocks and unloads libraries, whose destructors run here, inside the call's deadline. Then the account is closed.
     drop(session);
     slot.set_word(0, session::OK);
     wait::reply(slot);
@@ -103,6 +134,32 @@ impl Session<'_> {
     /// Serves at most `most` calls of the stream that are there.
     fn serve_stream(&mut self, most: u32, running: &AtomicU32) {
         self.stream.serve(most, &self.functions, &mut self.blocks, running);
+    }
+
+    /// How many allocations the memory limit has refused so far.
+    fn refusals(&self) -> u64 {
+        self.meter.as_ref().map_or(0, Meter::refusals)
+    }
+
+    /// Whether there are more refusals than `before`; then the reply's words say what the last one was. The call has returned, so it has lived through them.
+    fn was_refused(&self, before: u64, slot: &Slot) -> bool {
+        meter::lived_through();
+        let Some(meter) = self.meter.as_ref().filter(|meter| meter.refusals() != before) else {
+            return false;
+        };
+        let (asked, used) = meter.last_refusal();
+        slot.set_word(0, asked);
+        slot.set_word(1, used);
+        true
+    }
+
+    fn memory(&self, slot: &Slot) -> u64 {
+        let Some(meter) = &self.meter else { return session::BAD_REQUEST };
+        let (used, peak) = meter.counts();
+        for (at, word) in [used, peak, meter.refusals()].into_iter().enumerate() {
+            slot.set_word(at + 1, word);
+        }
+        session::OK
     }
 
     /// The session's own functions: see [`hotcell_channel::session`].
@@ -133,9 +190,20 @@ impl Session<'_> {
                 slot.set_word(1, self.stream.switch_on(word(0), word(1)));
                 session::OK
             }
+            session::MEMORY => self.memory(slot),
             _ => session::BAD_REQUEST,
         };
         slot.set_word(0, status);
+    }
+
+    fn load(&mut self, name: &[u8], now: bool, global: bool) -> Answer {
+        let refusals = self.refusals();
+        let answer = self.libraries.load(name, now, global);
+        if matches!(answer, Answer::Loaded(_)) && self.refusals() != refusals {
+            // The host will be told of the refusal and not of the module, whose constructors did not get what they need.
+            self.libraries.unload_last();
+        }
+        answer
     }
 
     fn directory(&mut self, address: u64, length: u64, capacity: u64) -> (u64, u64) {
@@ -149,7 +217,7 @@ impl Session<'_> {
         }
         let Ok(request) = control::decode::<Request>(&request) else { return (session::BAD_REQUEST, 0) };
         let mut answer = match request {
-            Request::Load { name, now, global } => self.libraries.load(&name, now, global),
+            Request::Load { name, now, global } => self.load(&name, now, global),
             Request::Resolve { module, symbol, signature, errno } => {
                 if self.functions.len() >= (FUNCTIONS_MAX - FUNCTIONS_BASE) as usize {
                     failed(FailureKind::TooManyFunctions, format!("{} functions", self.functions.len()))
