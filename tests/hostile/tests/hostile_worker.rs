@@ -89,6 +89,8 @@ fn assert_printable(text: &str) {
     }
 }
 
+type Echo = fn(u64) -> u64;
+
 /// A session with the liar, and a function in it.
 struct Cell {
     worker: Worker,
@@ -112,7 +114,7 @@ impl Cell {
         self.module.function::<fn(u64) -> u64>("f").unwrap().call(7)
     }
 
-    fn pipeline(&self) -> Result<Pipeline<fn(u64) -> u64>, CallError> {
+    fn pipeline(&self) -> Result<Pipeline<Echo>, CallError> {
         self.module.function::<fn(u64) -> u64>("f").unwrap().pipeline()
     }
 
