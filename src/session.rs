@@ -240,7 +240,11 @@ impl Session {
     /// # Errors
     /// See [`LoadError`]: each way to fail has its own.
     pub fn load(&self, source: impl Into<ModuleSource>) -> Result<crate::Module, LoadError> {
-        crate::Module::load(self, &source.into())
+        let source = source.into();
+        if let Some(place) = self.owner.place.get() {
+            place.admit(&source.name.to_string_lossy())?;
+        }
+        crate::Module::load(self, &source)
     }
 
     /// The worker that this session is in.
@@ -766,7 +770,7 @@ impl SessionInner {
         self.latencies.as_ref()
     }
 
-    fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let (spun, parked) = self.spin.waits();
         let (worker_spun, worker_parked) = self.region.progress().waits();
         let direct = self.direct.published.load(Relaxed);
