@@ -483,6 +483,22 @@ pub enum CallError {
         /// How many slots there are.
         slots: u32,
     },
+    /// The session has a memory limit, which is told call by call; a pipeline's replies have no room for that. `call` and `submit` do.
+    #[error("{function} cannot have a pipeline in a session with a memory limit: call or submit it")]
+    PipelineUnsupported {
+        /// The function.
+        function: FunctionName,
+    },
+    /// Another pipeline of the session was in use for as long as this one's function may take.
+    #[error(
+        "a pipeline for {function} waited {after:?} for another one of the session, which is still in use"
+    )]
+    PipelineTaken {
+        /// The function.
+        function: FunctionName,
+        /// How long it waited.
+        after: Duration,
+    },
     /// An argument or result is larger than the payload limit. Nothing was allocated or sent.
     #[error("{function} was given {bytes} bytes where the payload limit is {max}")]
     TooLarge {
@@ -696,6 +712,8 @@ impl CallError {
     /// | `ERR_SESSION_ABANDONED` | an earlier call still runs past its deadline | [`CallError::Abandoned`] |
     /// | `ERR_SESSION_CLOSED` | the session is closed | [`CallError::Closed`] |
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
+    /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
+    /// | `ERR_PIPELINE_UNSUPPORTED` | the session has a memory limit | [`CallError::PipelineUnsupported`] |
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
     /// | `ERR_NO_WORKER` | a pool has no worker now | [`CallError::NoWorker`], [`StartError::Incomplete`] |
@@ -719,6 +737,8 @@ impl CallError {
             CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",
             CallError::Abandoned { .. } => "ERR_SESSION_ABANDONED",
             CallError::Full { .. } => "ERR_SESSION_FULL",
+            CallError::PipelineTaken { .. } => "ERR_PIPELINE_TAKEN",
+            CallError::PipelineUnsupported { .. } => "ERR_PIPELINE_UNSUPPORTED",
             CallError::TooLarge { .. } | CallError::StringTooLong { .. } => "ERR_PAYLOAD_TOO_LARGE",
             CallError::NoRoom { .. } => "ERR_ARENA_FULL",
             CallError::WrongCount { .. } => "ERR_ARGUMENT_COUNT",

@@ -59,6 +59,7 @@ mod limits;
 mod memory;
 mod module;
 mod monitor;
+mod pipeline;
 mod placement;
 mod pool;
 #[cfg(feature = "self-exec")]
@@ -85,6 +86,7 @@ pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
 pub use memory::SessionMemory;
 pub use module::Module;
+pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
 pub use placement::{Backing, Placement, Prefault};
 pub use pool::{
     Capacity, Pool, PoolBuilder, PoolCaller, PoolDynFunction, PoolErrors, PoolEvent, PoolFunction,

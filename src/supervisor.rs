@@ -1010,6 +1010,8 @@ impl Place {
     /// False if that has been done.
     fn give_back(&self, inner: &Inner) -> bool {
         let mut state = lock(&inner.state);
+        // If the worker has ended, that comes first: who listens hears of a crash before he hears of the sessions that it closed.
+        inner.settle_all(&mut state);
         // A worker of its own is not to be kept by its canary. Dropped without the lock.
         let own = state.groups.get_mut(&Key::Own(self.id));
         let _canary = own.and_then(|group| group.canary.take());
