@@ -144,7 +144,8 @@ impl std::fmt::Display for Latencies {
 
 /// How a session's waits ended: a snapshot, from [`Session::counters`](crate::Session::counters). All count from the opening of the session.
 ///
-/// A wait that ended at the first looks (64 of them, less than 2 µs) is in neither `spun` nor `parked`.
+/// A wait that ended at the first looks (64 of them, less than 2 µs) is in neither `spun` nor `parked`. Waits for a [`Pipeline`](crate::Pipeline)'s results are in neither, and while the session has a
+/// pipeline its worker's waits are not counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {

@@ -440,6 +440,36 @@ fn closing_the_session_lets_sent_calls_run() {
     assert!(matches!(pipeline.function().pipeline(), Err(CallError::Closed)));
 }
 
+/// The worker used to serve the stream until it was empty before it closed, which a busy pipeline never let it be: the closing ran into its deadline, and that killed the worker.
+#[test]
+fn closing_the_session_does_not_wait_for_a_pipeline_to_pause() {
+    let _watchdog = watchdog(150);
+    let module = module_with(SessionBuilder::new().timeout(Duration::from_secs(60)));
+    let slow = module.function::<Two>("slow").unwrap();
+    let (session, worker) = (module.session(), module.session().worker());
+    let answered = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let calls = scope.spawn(|| {
+            let mut pipeline = slow.pipeline().unwrap();
+            let mut error = None;
+            for (at, result) in pipeline.calls((0..).map(|i| (i, 1))).enumerate() {
+                match result {
+                    // What is answered is right, in order.
+                    Ok(value) => assert_eq!((value, error.is_none()), (at as u64 + 1, true)),
+                    Err(lost) => error = Some(lost),
+                }
+                answered.fetch_add(1, Relaxed);
+            }
+            error.unwrap()
+        });
+        until("a call is answered", || (answered.load(Relaxed) > 0).then_some(()));
+        session.close().unwrap();
+        let error = calls.join().unwrap();
+        assert!(matches!(error, CallError::Closed), "{error:?}");
+    });
+    assert!(worker.is_alive());
+}
+
 #[test]
 fn a_second_pipeline_waits_for_the_first() {
     let _watchdog = watchdog(60);

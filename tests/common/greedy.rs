@@ -135,6 +135,30 @@ pub(crate) fn submitted_runaway_ends_too(builder: WorkerBuilder) {
     assert_eq!((error.code(), error.may_have_run()), ("ERR_WORKER_CRASH", false), "{error}");
 }
 
+/// The stream has no slot whose turn could tell that a call runs.
+pub(crate) fn runaway_of_a_pipeline_ends_too(builder: WorkerBuilder) {
+    let _watchdog = watchdog();
+    let cell = Cell::new(builder.cpu_time_per_call(CPU));
+    let burn_ms = cell.f1("burn_ms");
+    let mut pipeline = burn_ms.pipeline().unwrap();
+    // Together more than one may use, each less.
+    for _ in 0..30 {
+        pipeline.send(10).unwrap();
+    }
+    for _ in 0..30 {
+        assert_eq!(pipeline.receive().unwrap(), Some(10));
+    }
+    drop(pipeline);
+    let burn = cell.f0("burn");
+    let mut pipeline = burn.pipeline().unwrap();
+    pipeline.send().unwrap();
+    pipeline.send().unwrap();
+    let report = burnt(pipeline.receive(), Limited::Call, CPU);
+    assert_eq!(report.culprit().map(|f| &*f.symbol), Some("burn"), "{report}");
+    let error = pipeline.receive().unwrap_err();
+    assert_eq!((error.code(), error.may_have_run()), ("ERR_WORKER_CRASH", false), "{error}");
+}
+
 pub(crate) fn runaway_constructor_ends_its_load(builder: WorkerBuilder) {
     let _watchdog = watchdog();
     let worker = builder.cpu_time_per_call(CPU).spawn().unwrap();
@@ -475,6 +499,7 @@ macro_rules! each_limit {
             runaway_call_ends_as_cpu_time_exceeded_and_names_its_function
             runaway_that_takes_no_signal_ends_too
             submitted_runaway_ends_too
+            runaway_of_a_pipeline_ends_too
             runaway_constructor_ends_its_load
             calls_that_stay_below_their_cpu_time_are_left_alone
             session_that_uses_up_its_cpu_time_ends

@@ -6,6 +6,7 @@ use hotcell::{
     CallError, Cause, CrashReport, Function, In, Involvement, Limited, LoadError, Module, Out, RemotePtr,
     Session, SessionBuilder, SessionMemory, StartError, Worker,
 };
+use std::ffi::CString;
 use std::time::{Duration, Instant};
 
 const KIB: u64 = 1 << 10;
@@ -266,6 +267,37 @@ fn memory_that_the_host_asks_for_counts() {
     session.free(block).unwrap();
     assert!(memory(&session).used_bytes < MIB);
     assert_eq!(worker.session().unwrap().memory().unwrap(), None, "a session without a limit");
+}
+
+#[test]
+fn blocks_that_were_refused_are_not_counted_and_not_kept() {
+    let _watchdog = watchdog();
+    let worker = worker().spawn().unwrap();
+    let limit = 4 * MIB;
+    let options = SessionBuilder::new().memory_bytes_max(limit).remote_blocks_max(2);
+    let session = worker.session_with(options).unwrap();
+    let module = load(&session);
+    let error = bytes_fn(&module, "keep").pipeline().map(drop).unwrap_err();
+    assert!(matches!(error, CallError::PipelineUnsupported { .. }) && error.session_usable(), "{error:?}");
+    let block = session.alloc(MIB).unwrap();
+    let before = memory(&session).used_bytes;
+    for _ in 0..5 {
+        refused(session.alloc(limit), limit);
+    }
+    assert_eq!(memory(&session).used_bytes, before);
+    let tell = module.function::<fn(u64) -> CString>("ask_and_tell").unwrap();
+    let length = |told: Result<CString, CallError>| told.unwrap().count_bytes();
+    assert_eq!(length(tell.call(KIB)), (64 << 10) - 1);
+    let before = memory(&session).used_bytes;
+    for _ in 0..5 {
+        refused(tell.call(limit), limit);
+    }
+    assert_eq!(memory(&session).used_bytes, before, "copies of strings that nobody fetched");
+    assert_eq!(length(tell.call(KIB)), (64 << 10) - 1);
+    let second = session.alloc(MIB).unwrap();
+    assert!(matches!(session.alloc(1), Err(CallError::TooManyBlocks { max: 2 })));
+    session.free(second).unwrap();
+    session.free(block).unwrap();
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //! the shape is loads and a call. Everything else (stack arguments, variadic functions, other machines) goes through libffi.
 
 use crate::memory::Blocks;
-use hotcell_channel::session::{OK, STRING_LONGER, STRING_LOST, STRING_NULL, STRING_WORDS};
+use hotcell_channel::session::{STRING_LONGER, STRING_LOST, STRING_NULL, STRING_WORDS};
 use hotcell_channel::signature::{ARGS_MAX, Class, Signature, Type};
 use hotcell_channel::slot::{Slot, WORDS_MAX};
 use libffi::middle::{self, Cif};
@@ -115,6 +115,11 @@ impl Callable {
         } else {
             self.invoke_with_extras(slot, blocks);
         }
+    }
+
+    /// Whether its result is a string, which may have taken a block.
+    pub(crate) fn returns_string(&self) -> bool {
+        self.string
     }
 
     /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
@@ -244,6 +249,7 @@ fn spilled(slot: &Slot, index: usize) -> u64 {
 /// Copies the string at `source`, without its NUL, before another call can change it: to `target` if it fits the `capacity` there, else to a block of its own, which the
 /// host reads and frees. Gives the address of the string, or of the copy in a block, and the length word.
 fn keep_string(source: u64, target: u64, capacity: u64, limit: u64, blocks: &mut Blocks) -> (u64, u64) {
+    blocks.forget_string();
     if source == 0 {
         return (0, STRING_NULL);
     }
@@ -260,9 +266,9 @@ fn keep_string(source: u64, target: u64, capacity: u64, limit: u64, blocks: &mut
     let (address, to) = if length <= capacity {
         (source, target)
     } else {
-        match blocks.allocate(length) {
-            (OK, copy) => (copy, copy),
-            _ => return (source, STRING_LOST),
+        match blocks.allocate_string(length) {
+            Some(copy) => (copy, copy),
+            None => return (source, STRING_LOST),
         }
     };
     let (Ok(to), Ok(bytes)) = (usize::try_from(to), usize::try_from(length)) else {

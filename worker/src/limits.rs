@@ -319,18 +319,23 @@ fn end(process: &Process, note: &LimitNote) {
 }
 
 impl Watched {
-    /// How many calls the thread has taken.
+    /// How many calls the thread has taken, in all lanes.
     fn taken(&self) -> u64 {
-        let (direct, ring) = self.region.progress().taken();
-        direct.wrapping_add(ring)
+        let progress = self.region.progress();
+        let (direct, ring) = progress.taken();
+        direct.wrapping_add(ring).wrapping_add(progress.stream_taken())
     }
 
     /// Whether the thread is in a call. It may be about to take one that has just come; then it is not a look later.
     fn in_call(&self) -> bool {
         let pending = |turn: Turn| {
-            !matches!(turn, Turn::Reply | Turn::Closed | Turn::Unknown(hotcell_channel::slot::IDLE))
+            let idle = matches!(turn, Turn::Closed | Turn::Unknown(hotcell_channel::slot::IDLE));
+            !turn.is_answered() && !idle
         };
-        pending(self.region.direct().turn())
+        // The stream has its pages once something was taken from it.
+        let last = self.region.progress().stream_taken().checked_sub(1);
+        last.is_some_and(|last| !self.region.stream().has_reply(last))
+            || pending(self.region.direct().turn())
             || (0..self.region.geometry().slots).any(|slot| pending(self.region.slot(slot).turn()))
     }
 

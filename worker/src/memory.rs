@@ -14,6 +14,8 @@ use std::collections::HashSet;
 #[derive(Debug, Default)]
 pub(crate) struct Blocks {
     addresses: HashSet<u64>,
+    /// The block that the last returned string was copied to, if it took one.
+    string: Option<u64>,
 }
 
 /// Strings are looked at in steps that never cross a page: one readable byte makes the rest of its page readable.
@@ -30,6 +32,25 @@ impl Blocks {
         let address = block.expose_provenance() as u64;
         self.addresses.insert(address);
         (OK, address)
+    }
+
+    /// Allocates room for a returned string, which the host fetches and frees.
+    pub(crate) fn allocate_string(&mut self, bytes: u64) -> Option<u64> {
+        self.string =
+            Some(self.allocate(bytes)).filter(|(status, _)| *status == OK).map(|(_, address)| address);
+        self.string
+    }
+
+    /// The last returned string is the host's from here on.
+    pub(crate) fn forget_string(&mut self) {
+        self.string = None;
+    }
+
+    /// Frees the copy of the last returned string, if there is one: the host will not come to fetch it.
+    pub(crate) fn free_string(&mut self) {
+        if let Some(address) = self.string.take() {
+            self.free(address);
+        }
     }
 
     pub(crate) fn free(&mut self, address: u64) -> u64 {

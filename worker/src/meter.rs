@@ -7,12 +7,12 @@
 //! whether the session is still the one that it means, whether there is room, and takes it, in one step. The word has the generation of the account above the bytes: closing a
 //! session raises it, and whatever is left over from that session (a block that it leaked, a thread of its modules) then finds nobody to charge or credit.
 //!
-//! All orderings are relaxed: an account guards no memory. Who needs an exact number (a reply that says whether something was refused) asks for what its own thread did, or for what
+//! Orderings are relaxed, for an account guards no memory, but for its handing over: who opens one acquires the generation that the last owner released. Who needs an exact number (a reply that says whether something was refused) asks for what its own thread did, or for what
 //! happened before something that synchronised by other means.
 
 use crate::crash_handler;
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 
 /// Sessions with a limit that a worker can have at a time.
 const ACCOUNTS: usize = 1024;
@@ -196,7 +196,7 @@ pub(crate) struct Meter {
 impl Meter {
     /// Opens an account for a session; what the calling thread allocates is charged to it from now on. `None` if there are as many as there can be.
     pub(crate) fn open(session: u32, limit: u64) -> Option<Self> {
-        let free = |account: &Account| account.session.compare_exchange(0, session, Relaxed, Relaxed).is_ok();
+        let free = |account: &Account| account.session.compare_exchange(0, session, Acquire, Relaxed).is_ok(); // SYNC account
         let at = TABLE.iter().position(free)?;
         let account = TABLE.get(at)?;
         account.limit.store(limit, Relaxed);
@@ -237,7 +237,7 @@ impl Drop for Meter {
         crate::allocations::forget_mappings(self.tag);
         let generation = (account.balance.load(Relaxed) >> USED_BITS).wrapping_add(1) & 0xffff;
         account.balance.store(generation << USED_BITS, Relaxed);
-        account.session.store(0, Relaxed);
+        account.session.store(0, Release); // SYNC account
     }
 }
 

@@ -10,7 +10,7 @@ use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
 use hotcell_channel::session::{self, Answer, FailureKind, Request};
 use hotcell_channel::slot::{FUNCTIONS_MAX, Slot};
-use hotcell_channel::stream::{BATCH, Lane};
+use hotcell_channel::stream::{BATCH, Lane, RECORDS};
 use hotcell_channel::wait::{self, Policy, Spin, Which};
 use hotcell_channel::{control, sys};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -104,8 +104,8 @@ fn serve_as<const METERED: bool>(
         if let Some(callable) = callable {
             callable.invoke(slot, &mut session.blocks);
         } else if function == session::CLOSE {
-            // Calls that were sent before it run before it, whether somebody waits for them or not.
-            session.serve_stream(u32::MAX, &running);
+            // Calls that were sent before it run before it, whether somebody waits for them or not. No more than the stream holds: a pipeline may go on sending.
+            session.serve_stream(u32::try_from(RECORDS).unwrap_or(u32::MAX), &running);
             break close(session, slot, bomb);
         } else {
             session.fixed(function, slot);
@@ -113,7 +113,7 @@ fn serve_as<const METERED: bool>(
         if which == Which::Ring {
             ring = region.slot(next % slots);
         }
-        if METERED && session.was_refused(refusals, slot) {
+        if METERED && session.was_refused(refusals, function, slot) {
             wait::reply_refused(slot);
         } else {
             wait::reply(slot);
@@ -142,12 +142,20 @@ impl Session<'_> {
     }
 
     /// Whether there are more refusals than `before`; then the reply's words say what the last one was. The call has returned, so it has lived through them.
-    fn was_refused(&self, before: u64, slot: &Slot) -> bool {
+    fn was_refused(&mut self, before: u64, function: u32, slot: &Slot) -> bool {
         meter::lived_through();
         let Some(meter) = self.meter.as_ref().filter(|meter| meter.refusals() != before) else {
             return false;
         };
         let (asked, used) = meter.last_refusal();
+        // The host is told of the refusal, and not of a block that the call gave: nobody would free it.
+        if function == session::ALLOCATE && slot.word(0) == session::OK {
+            self.blocks.free(slot.word(1));
+        }
+        let called = function.checked_sub(FUNCTIONS_BASE).and_then(|i| self.functions.get(i as usize));
+        if called.is_some_and(Callable::returns_string) {
+            self.blocks.free_string();
+        }
         slot.set_word(0, asked);
         slot.set_word(1, used);
         true
