@@ -53,6 +53,7 @@ mod crash;
 mod dynamic;
 mod error;
 mod events;
+mod home;
 mod isolated;
 mod latencies;
 mod limits;

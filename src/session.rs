@@ -10,6 +10,7 @@
 
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
+use crate::home::{ASKED, FREE, Home, MOVING, Mark, NOBODY, TAKEN, UNSURE};
 use crate::latencies::{Counters, Latencies, Recorder};
 use crate::module::Resolved;
 use crate::monitor::lock;
@@ -35,8 +36,8 @@ use rustc_hash::FxHashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
-    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
-    Ordering::SeqCst, compiler_fence,
+    AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
+    Ordering::SeqCst,
 };
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -289,13 +290,15 @@ impl Session {
         if counted.is_err() {
             return Err(CallError::TooManyBlocks { max });
         }
-        match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc")? {
-            [fixed::OK, address] => Ok(inner.pointer(address)),
-            _ => {
-                inner.blocks.fetch_sub(1, Relaxed);
-                Err(CallError::OutOfMemory { bytes })
-            }
-        }
+        let error = match inner.fixed(fixed::ALLOCATE, &[bytes], "alloc") {
+            Ok([fixed::OK, address]) => return Ok(inner.pointer(address)),
+            Ok(_) => CallError::OutOfMemory { bytes },
+            // The worker keeps nothing of a request that was refused memory.
+            Err(refused @ CallError::SessionMemoryExceeded { .. }) => refused,
+            Err(lost) => return Err(lost),
+        };
+        inner.blocks.fetch_sub(1, Relaxed);
+        Err(error)
     }
 
     /// Frees what [`Session::alloc`] gave.
@@ -545,18 +548,10 @@ const ABANDONED: u32 = 3;
 const CLOSED: u32 = 4;
 const _: () = assert!(OPEN != 0 && OPEN != DEAD && OPEN != ABANDONED && OPEN != CLOSED);
 
-/// The direct slot's private books.
-///
-/// The slot has a *home*: the thread that may take it. Only that thread raises `busy`, so it does so with a plain store, where a thread among equals would need a
-/// read-modify-write, which takes as long as a tenth of a call. The home moves to another thread when that one makes call after call and the old one none
-/// ([`SessionInner::move_home`]).
-///
-/// A thread that was the home until a moment ago can still raise `busy`, over the word of a new home whose call has begun since. It must not lower it again then: the slot would show
-/// as free in the middle of that call. So it leaves [`UNSURE`], which is as good as taken to everybody, until the home, which knows what it holds, lowers it.
+/// The direct slot's private books: see [`crate::home`].
 #[derive(Debug, Default)]
 struct DirectBooks {
-    home: AtomicUsize,
-    busy: AtomicU32,
+    home: Home,
     label: AtomicU32,
     published: AtomicU64,
 }
@@ -594,25 +589,12 @@ struct Strangers {
     published: u64,
 }
 
-/// Nobody's home.
-const NOBODY: usize = 0;
-/// Added to the home's mark by a thread that waits for its turn: the home hands its own on at its next call. (A thread's mark is the address of a word of its own, so
-/// the low bits are free, and neither this nor [`MOVING`] is one.)
-const ASKED: usize = 1;
-/// The home is about to move.
-const MOVING: usize = 2;
-/// Nobody holds the direct slot.
-const FREE: u32 = 0;
-/// Somebody holds the direct slot.
-const TAKEN: u32 = 1;
-/// The home may hold the direct slot.
-const UNSURE: u32 = 2;
 /// Calls of strangers, with none of the home's among them, after which the home moves.
 const CALLS_TO_MOVE: u32 = 32;
 
-/// A mark of the calling thread, which no other living thread has.
+/// The calling thread's mark.
 #[inline(always)]
-fn this_thread() -> usize {
+fn this_thread() -> Mark {
     thread_local! {
         static MARK: u64 = const { 0 };
     }
@@ -847,16 +829,7 @@ impl SessionInner {
             return None;
         }
         let direct = &self.direct;
-        let here = this_thread();
-        if direct.home.load(Relaxed) != here || direct.busy.load(Acquire) != FREE {
-            return None;
-        }
-        direct.busy.store(TAKEN, Relaxed);
-        // Between this store and the next load the processor needs a barrier, or `move_home` could miss the one and we the other. The barrier is in
-        // `move_home`, which makes all threads pass one; here only the compiler has to be kept from changing the order. SYNC home
-        compiler_fence(SeqCst);
-        if direct.home.load(Relaxed) != here {
-            direct.busy.store(UNSURE, Relaxed);
+        if !direct.home.take(this_thread()) {
             return None;
         }
         Some(direct.published.load(Relaxed) + 1)
@@ -882,7 +855,7 @@ impl SessionInner {
     ) -> Straight {
         let Some(sequence) = self.take_direct(self.plain) else { return Straight::Elsewhere };
         if !still() {
-            self.direct.busy.store(FREE, Release);
+            self.direct.home.release();
             return Straight::Elsewhere;
         }
         let slot = self.region.direct();
@@ -894,7 +867,7 @@ impl SessionInner {
             return Straight::Failed(error);
         }
         let word = slot.word(0);
-        self.direct.busy.store(FREE, Release);
+        self.direct.home.release();
         Straight::Replied(word)
     }
 
@@ -952,15 +925,15 @@ impl SessionInner {
             return; // sleeps for each reply anyway
         }
         let here = this_thread();
-        let home = self.direct.home.load(Relaxed);
+        let home = self.direct.home.owner();
         if home == here | ASKED {
-            // Only the home itself goes away, and not in the middle of a call: it is about to begin one. Who comes next sees its books. Fails if somebody is moving the home at this
-            // moment; then it is theirs, or still asked. SYNC vacate
-            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            // Not in the middle of a call: it is about to begin one.
+            self.direct.home.vacate(home);
             Turns::get().leave(here);
         } else {
             let joins = match home {
-                NOBODY => Turns::get().waited_for(),
+                // A session that is new, or seldom called, is not held up by what others do.
+                NOBODY => Turns::get().waited_for() && self.rate.try_lock().is_ok_and(|rate| rate.dense),
                 home => home != here && self.stranger_in_crowd(here, home),
             };
             if !joins {
@@ -1024,8 +997,7 @@ impl SessionInner {
 
     /// Asks `home`, if it is the direct slot's home, to go away before its next call.
     pub(crate) fn ask_home(&self, home: usize) {
-        // It carries no data, and the asked thread is the only one that acts on it.
-        let _ = self.direct.home.compare_exchange(home, home | ASKED, Relaxed, Relaxed);
+        self.direct.home.ask(home);
     }
 
     /// Moves the calling thread off the CPU on which the worker was last seen, where they would wait for each other. The thread's affinity is what it was when this returns.
@@ -1042,9 +1014,8 @@ impl SessionInner {
     fn move_home(&self) -> bool {
         let direct = &self.direct;
         let here = this_thread();
-        match direct.home.load(Relaxed) {
-            // Acquires what the last home left in the books. SYNC vacate
-            NOBODY => return direct.home.compare_exchange(NOBODY, here, Acquire, Relaxed).is_ok(),
+        match direct.home.owner() {
+            NOBODY => return direct.home.enter(here),
             home if home == here => {
                 self.settle_direct(here);
                 return true;
@@ -1062,43 +1033,29 @@ impl SessionInner {
             return false;
         }
         strangers.calls = 0;
-        // Under the lock nobody else moves it: this is a thread's mark.
-        let home = direct.home.load(Relaxed);
-        // The old home raises `busy` and then looks at `home`; we change `home` and then look at `busy`, with a barrier in between on both sides: theirs is the one
-        // that `process_barrier` makes every thread pass. So if `busy` is down now, the old home has either not come to its store, and will see that it is not at
-        // home any more, or has finished its call. SYNC home
-        direct.home.store(MOVING, SeqCst);
-        let moved = sys::process_barrier() && direct.busy.load(Acquire) == FREE;
-        direct.home.store(if moved { here } else { home }, Release);
-        moved
+        direct.home.move_to(here, sys::process_barrier)
     }
 
     /// Leaves the direct slot to whoever calls next, if the calling thread is its home. For a thread that has prepared a session for others and will not call again: without it they would
     /// have to wear out the home's claim first ([`CALLS_TO_MOVE`]).
     pub(crate) fn leave_home(&self) {
         let here = this_thread();
-        let home = self.direct.home.load(Relaxed);
+        let home = self.direct.home.owner();
         if home & !ASKED == here {
-            // The home makes no call now. Fails if somebody is moving the home at this moment, which is as good. SYNC vacate
-            let _ = self.direct.home.compare_exchange(home, NOBODY, Release, Relaxed);
+            self.direct.home.vacate(home);
             Turns::get().leave(here);
         }
     }
 
-    /// Lowers `busy` where a former home left it [`UNSURE`]. For the home, which is about to make a call and so is not in the middle of one.
-    fn settle_direct(&self, here: usize) {
-        if self.direct.busy.load(Relaxed) != UNSURE {
+    /// Lowers the direct slot's mark where a former home left it unsure. For the home, which is about to make a call.
+    fn settle_direct(&self, here: Mark) {
+        if self.direct.home.busy() != UNSURE {
             return;
         }
         // Under the lock the home stays where it is.
         let Ok(_no_mover) = self.strangers.try_lock() else { return };
         // A pending request is one that the home has given up, to a worker that is being killed.
-        if self.direct.home.load(Relaxed) == here
-            && self.direct.busy.load(Acquire) == UNSURE
-            && self.region.direct().turn() != Turn::Pending
-        {
-            self.direct.busy.store(FREE, Release);
-        }
+        self.direct.home.settle(here, || self.region.direct().turn() == Turn::Pending);
     }
 
     /// Takes a ring slot, waiting at most `timeout` for one to become free.
@@ -1163,7 +1120,7 @@ impl SessionInner {
         self.reclaim(&mut ring);
         let busy = self.ring_books.iter().filter(|books| books.busy.load(Acquire)).count();
         drop(ring);
-        let direct = match self.direct.busy.load(Acquire) {
+        let direct = match self.direct.home.busy() {
             FREE => false,
             // Left by a former home, and lowered only by the next call of the present one: what tells is the slot.
             UNSURE => self.region.direct().turn() == Turn::Pending,
@@ -1176,7 +1133,7 @@ impl SessionInner {
     /// Whether a call holds the direct slot, as far as one load can tell.
     #[inline(always)]
     pub(crate) fn is_direct_busy(&self) -> bool {
-        self.direct.busy.load(Relaxed) == TAKEN
+        self.direct.home.busy() == TAKEN
     }
 
     /// Frees the slots of callers that went away, where the reply has come.
@@ -1222,7 +1179,7 @@ impl SessionInner {
     #[inline(always)]
     fn release(&self, lane: Lane) {
         match lane {
-            Lane::Direct => self.direct.busy.store(FREE, Release),
+            Lane::Direct => self.direct.home.release(),
             Lane::Ring { slot, .. } => {
                 self.books(slot).busy.store(false, Release);
                 if self.waiting.load(Relaxed) > 0 {
@@ -1339,7 +1296,7 @@ impl SessionInner {
         // A ring slot's books are kept before its request is published: who has seen the request sees them. The direct slot's come after it, the number last: who
         // has seen that sees the label.
         let direct = self.region.direct().turn() == Turn::Pending
-            && self.direct.busy.load(Acquire) != FREE
+            && self.direct.home.busy() != FREE
             && self.direct.published.load(Acquire) == direct_taken; // SYNC books
         if direct {
             return Some(self.label_name(self.direct.label.load(Relaxed)));
@@ -2129,14 +2086,14 @@ mod tests {
         let direct = &session.inner().direct;
         assert_eq!(calls(&session, 1), 1, "the first caller is at home");
         // What a thread leaves that found the home moved after it had raised the word.
-        direct.busy.store(UNSURE, Relaxed);
+        direct.home.forge_unsure();
         std::thread::scope(|scope| {
             let stranger = || calls(&session, 4 * CALLS_TO_MOVE);
             assert_eq!(scope.spawn(stranger).join().unwrap(), 0, "it may lie over a call of the home's");
         });
-        assert_eq!(direct.busy.load(Relaxed), UNSURE);
+        assert_eq!(direct.home.busy(), UNSURE);
         assert_eq!(calls(&session, 10), 10);
-        assert_eq!(direct.busy.load(Relaxed), FREE);
+        assert_eq!(direct.home.busy(), FREE);
         std::thread::scope(|scope| {
             let stranger = || calls(&session, 4 * CALLS_TO_MOVE);
             assert!(scope.spawn(stranger).join().unwrap() > 0, "now it may move");

@@ -9,7 +9,14 @@
 //! The stream's publisher has no fence of its own, since the sleeper's `membarrier` makes it one. Loom knows no such barrier, so under `--cfg loom` a sequentially consistent fence
 //! stands in its place, on the publisher's side (`Barrier::after_publish`) as on the sleeper's (`Barrier::before_sleep`). That the model sees what is at stake was checked by hand: with either of the two
 //! fences taken out, `both_sides_of_the_stream_park` and `a_pipeline_and_a_caller_wake_one_worker` end in a deadlock, the lost wake-up.
+//!
+//! The direct slot's home is the host's own, so its code lies there (`src/home.rs`) and is taken in as it is. Its `membarrier` is modelled in the same way: with the fence taken out of `Home::take`, or the
+//! barrier out of `move_to`, two threads hold the slot at once.
 #![cfg(loom)]
+
+#[path = "../../src/home.rs"]
+#[allow(dead_code)] // the model needs less of it than the host
+mod home;
 
 use hotcell_channel::slot::{Doorbell, Progress, Slot};
 use hotcell_channel::stream::{self, Barrier, Lane, Lanes, Sleepers, Stream};
@@ -290,4 +297,106 @@ fn a_death_ends_the_wait_for_the_stream() {
         assert_eq!(receive(&all, Policy::Park, 0, || alive.load(SeqCst)), Waited::Dead);
         monitor.join().unwrap();
     });
+}
+
+/// The direct slot, as far as its home goes: whoever holds it writes the books, and loom tells if two do, or one without seeing what the last one wrote.
+struct Held {
+    home: home::Home,
+    books: loom::cell::UnsafeCell<u64>,
+    strangers: loom::sync::Mutex<()>,
+}
+
+// SAFETY: the books are only touched by who holds the slot; that this is one thread at a time is what the model checks.
+#[allow(unsafe_code)]
+unsafe impl Sync for Held {}
+
+impl Held {
+    fn new() -> Arc<Self> {
+        let books = loom::cell::UnsafeCell::new(0);
+        Arc::new(Self { home: home::Home::default(), books, strangers: loom::sync::Mutex::new(()) })
+    }
+
+    /// One call, as `SessionInner` makes it: straight, or after an attempt to become the home.
+    fn call(&self, here: home::Mark) -> bool {
+        if self.call_straight(here) {
+            return true;
+        }
+        let owner = self.home.owner();
+        if owner == here | home::ASKED {
+            self.home.vacate(owner);
+        }
+        self.become_home(here) && self.call_straight(here)
+    }
+
+    fn call_straight(&self, here: home::Mark) -> bool {
+        let taken = self.home.take(here);
+        if taken {
+            // SAFETY: as above. Nothing outlives the closure.
+            #[allow(unsafe_code)]
+            self.books.with_mut(|books| unsafe { *books += 1 });
+            self.home.release();
+        }
+        taken
+    }
+
+    fn become_home(&self, here: home::Mark) -> bool {
+        match self.home.owner() {
+            home::NOBODY => self.home.enter(here),
+            owner if owner == here => {
+                if let Ok(_no_mover) = self.strangers.try_lock() {
+                    self.home.settle(here, || false);
+                }
+                true
+            }
+            _ => {
+                let Ok(_one_mover) = self.strangers.try_lock() else { return false };
+                let barrier = || {
+                    loom::sync::atomic::fence(SeqCst);
+                    true
+                };
+                self.home.move_to(here, barrier)
+            }
+        }
+    }
+}
+
+/// Runs one thread for each list of steps.
+fn homes(preemptions: Option<usize>, threads: &'static [fn(&Held)]) {
+    check(preemptions, move || {
+        let held = Held::new();
+        assert!(held.call(8), "nobody else is there");
+        let others: Vec<_> = threads[1..]
+            .iter()
+            .map(|steps| {
+                let held = Arc::clone(&held);
+                thread::spawn(move || steps(&held))
+            })
+            .collect();
+        threads[0](&held);
+        for other in others {
+            other.join().unwrap();
+        }
+    });
+}
+
+/// The home goes away and another thread comes, while a third is moving it.
+#[test]
+fn a_mover_puts_back_only_what_was_there() {
+    homes(
+        Some(3),
+        &[
+            |held| {
+                held.home.vacate(8);
+                held.call(8);
+            },
+            |held| {
+                if held.home.enter(16) {
+                    held.call_straight(16);
+                }
+            },
+            |held| {
+                held.become_home(24);
+            },
+        ],
+    );
 }
