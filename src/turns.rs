@@ -89,7 +89,9 @@ impl<S> Step<S> {
 
 impl<S: Clone> Book<S> {
     fn new(places: usize) -> Self {
-        Self { places, dense: Vec::new(), holders: Vec::new(), queue: VecDeque::new() }
+        // Room for a few: a call whose thread is noted does not allocate for that.
+        let dense = Vec::with_capacity(64);
+        Self { places, dense, holders: Vec::new(), queue: VecDeque::new() }
     }
 
     /// Notes that `thread` makes dense calls. True if there are more such threads than places.

@@ -107,12 +107,21 @@ impl Callable {
         Ok(Self::Other(Box::new(Other { way, errno, string, words })))
     }
 
+    /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
+    #[inline(always)]
+    pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
+        match self {
+            Self::Integers(function) => Some(call_integers(*function, word)),
+            _ => None,
+        }
+    }
+
     /// Calls the function with the words in `slot` and leaves the result there.
     #[inline(always)]
     pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
         // Apart from the others, so that it is found with one comparison.
         if let Self::Integers(function) = self {
-            return slot.set_word(0, call_integers(*function, slot));
+            return slot.set_word(0, call_integers(*function, |at| slot.word(at)));
         }
         match self {
             Self::Integers(_) => {}
@@ -162,8 +171,7 @@ impl Other {
 }
 
 #[inline(always)]
-fn call_integers(function: Integers, slot: &Slot) -> u64 {
-    let i = |at: usize| slot.word(at);
+fn call_integers(function: Integers, i: impl Fn(usize) -> u64) -> u64 {
     // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
     // integer arguments; it has no others (checked in `Callable::new`).
     unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }
