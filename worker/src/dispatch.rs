@@ -109,7 +109,7 @@ impl Callable {
 
     /// Whether its result is a string, which may have taken a block.
     pub(crate) fn returns_string(&self) -> bool {
-        self.string
+        matches!(self, Self::Other(other) if other.string)
     }
 
     /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
