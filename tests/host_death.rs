@@ -123,7 +123,7 @@ fn host() {
         match unsafe { libc::fork() } {
             0 => {
                 // SAFETY: takes a number. Should all else fail, the child ends by itself.
-                unsafe { libc::alarm(100) };
+                unsafe { libc::alarm(600) };
                 loop {
                     // SAFETY: takes nothing.
                     unsafe { libc::pause() };
@@ -337,7 +337,7 @@ fn fork<T>(handles: T, child_does: impl FnOnce(T), parent_does: impl FnOnce(T)) 
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: takes a number. Should the child hang, it ends by itself and the parent sees the signal.
-        unsafe { libc::alarm(60) };
+        unsafe { libc::alarm(300) };
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| child_does(handles)));
         // SAFETY: takes a number and does not return.
         unsafe { libc::_exit(i32::from(done.is_err())) };

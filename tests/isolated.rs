@@ -114,7 +114,7 @@ fn watchdog() -> Watchdog {
     std::thread::spawn(move || {
         let started = Instant::now();
         while !seen.load(SeqCst) {
-            if started.elapsed() > Duration::from_secs(120) {
+            if started.elapsed() > Duration::from_secs(600) {
                 eprintln!("{test} hangs");
                 std::process::abort();
             }
