@@ -628,7 +628,7 @@ pub trait FunctionType: Sealed {
 }
 
 /// Where argument `at`'s word lies: integers first, then floats. Folds to a constant.
-const fn word_index(types: &[Type], at: usize) -> usize {
+pub(crate) const fn word_index(types: &[Type], at: usize) -> usize {
     let mut integers = 0;
     let mut before_same_class = 0;
     let mut i = 0;
@@ -661,8 +661,8 @@ pub(crate) struct Failed<V> {
 /// Handles can be cloned and kept; they keep their session open.
 #[derive(Debug)]
 pub struct Function<F: FunctionType> {
-    session: Arc<SessionInner>,
-    target: Target,
+    pub(crate) session: Arc<SessionInner>,
+    pub(crate) target: Target,
     _owner: Arc<SessionOwner>,
     _type: PhantomData<F>,
 }

@@ -74,6 +74,11 @@ pub enum Cause {
         /// What it did.
         what: String,
     },
+    /// The host killed it because it gave no sign of life: see [`Canary`](crate::Canary).
+    Unresponsive {
+        /// What was asked, and what came of it.
+        what: String,
+    },
     /// It ended, and its status could not be had: somebody else in the host's process collected it first, or a process that traces the worker keeps it.
     Unknown,
 }
@@ -94,6 +99,7 @@ impl Cause {
             Cause::NeverReady { .. } => "ERR_START_TIMEOUT",
             Cause::Disposed => "ERR_WORKER_DISPOSED",
             Cause::ProtocolBreach { .. } => "ERR_PROTOCOL",
+            Cause::Unresponsive { .. } => "ERR_WORKER_UNRESPONSIVE",
         }
     }
 
@@ -110,6 +116,7 @@ impl Cause {
             Cause::NeverReady { .. } => "never ready".to_owned(),
             Cause::Disposed => "disposed".to_owned(),
             Cause::ProtocolBreach { .. } => "protocol breach".to_owned(),
+            Cause::Unresponsive { .. } => "unresponsive".to_owned(),
             Cause::Unknown => "unknown".to_owned(),
         }
     }
@@ -171,6 +178,7 @@ impl fmt::Display for Cause {
             Cause::NeverReady { after } => write!(f, "killed because it was not ready after {after:?}"),
             Cause::Disposed => f.write_str("disposed by the host"),
             Cause::ProtocolBreach { what } => write!(f, "killed because it broke the protocol: {what}"),
+            Cause::Unresponsive { what } => write!(f, "killed because it gave no sign of life: {what}"),
             Cause::Unknown => {
                 f.write_str("ended for an unknown reason (its status was collected or is kept elsewhere)")
             }
@@ -238,6 +246,14 @@ impl fmt::Debug for CrashReport {
 }
 
 impl CrashReport {
+    /// The first line of the report: what happened to whom.
+    pub(crate) fn headline(&self) -> String {
+        let mut line = String::new();
+        // Writing to a string does not fail.
+        let _ = self.death.headline(&mut line);
+        line
+    }
+
     /// The worker's process id, which may belong to another process by now.
     pub fn pid(&self) -> u32 {
         self.death.pid
@@ -331,10 +347,10 @@ impl CrashReport {
     }
 }
 
-/// One line for the cause and one for each further fact.
-impl fmt::Display for CrashReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let death = &self.death;
+impl Death {
+    /// What happened, in one line.
+    fn headline(&self, f: &mut impl fmt::Write) -> fmt::Result {
+        let death = self;
         write!(f, "worker {} {}", death.pid, death.cause)?;
         match death.culprit_function() {
             // The deadline's own text names it already.
@@ -348,6 +364,15 @@ impl fmt::Display for CrashReport {
                 }
             }
         }
+        Ok(())
+    }
+}
+
+/// One line for the cause and one for each further fact.
+impl fmt::Display for CrashReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let death = &self.death;
+        death.headline(f)?;
         if let Some(function) = &self.function {
             match self.involvement {
                 Involvement::Culprit => {}

@@ -230,6 +230,10 @@ fn sessions(open: u32) -> String {
     if open == 1 { "1 session is".to_owned() } else { format!("{open} sessions are") }
 }
 
+fn last_of(reports: &[CrashReport]) -> String {
+    reports.last().map_or_else(String::new, |report| report.headline())
+}
+
 fn times(count: u32) -> String {
     if count == 1 { "once".to_owned() } else { format!("{count} times") }
 }
@@ -368,6 +372,14 @@ pub enum LoadError {
         /// How many there are.
         detail: String,
     },
+    /// The module has crashed its worker so often that the [`Supervisor`](crate::Supervisor) loads it no more, until it is [released](crate::Supervisor::release).
+    #[error("module {module} is in quarantine: it ended {} workers, the last of them: {}; Supervisor::release lets it out", .reports.len(), last_of(.reports))]
+    Quarantined {
+        /// The module.
+        module: Arc<str>,
+        /// The last crashes, the oldest first.
+        reports: Vec<CrashReport>,
+    },
     /// The worker has as many descriptors open as it may have: see [`WorkerBuilder::open_files_max`](crate::WorkerBuilder::open_files_max).
     #[error("module {module} cannot be opened, since the worker has as many files open as it may: {detail}")]
     OpenFilesExceeded {
@@ -403,6 +415,7 @@ impl LoadError {
             LoadError::Signature { .. } => "ERR_SIGNATURE_TEXT",
             LoadError::TooManyFunctions { .. } => "ERR_TOO_MANY_FUNCTIONS",
             LoadError::OpenFilesExceeded { .. } => "ERR_OPEN_FILES_EXCEEDED",
+            LoadError::Quarantined { .. } => "ERR_MODULE_QUARANTINED",
             LoadError::Call { source, .. } => source.code(),
         }
     }
@@ -469,6 +482,22 @@ pub enum CallError {
     Full {
         /// How many slots there are.
         slots: u32,
+    },
+    /// The session has a memory limit, which is told call by call; a pipeline's replies have no room for that. `call` and `submit` do.
+    #[error("{function} cannot have a pipeline in a session with a memory limit: call or submit it")]
+    PipelineUnsupported {
+        /// The function.
+        function: FunctionName,
+    },
+    /// Another pipeline of the session was in use for as long as this one's function may take.
+    #[error(
+        "a pipeline for {function} waited {after:?} for another one of the session, which is still in use"
+    )]
+    PipelineTaken {
+        /// The function.
+        function: FunctionName,
+        /// How long it waited.
+        after: Duration,
     },
     /// An argument or result is larger than the payload limit. Nothing was allocated or sent.
     #[error("{function} was given {bytes} bytes where the payload limit is {max}")]
@@ -683,10 +712,13 @@ impl CallError {
     /// | `ERR_SESSION_ABANDONED` | an earlier call still runs past its deadline | [`CallError::Abandoned`] |
     /// | `ERR_SESSION_CLOSED` | the session is closed | [`CallError::Closed`] |
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
+    /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
+    /// | `ERR_PIPELINE_UNSUPPORTED` | the session has a memory limit | [`CallError::PipelineUnsupported`] |
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
     /// | `ERR_NO_WORKER` | a pool has no worker now | [`CallError::NoWorker`], [`StartError::Incomplete`] |
-    /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach) |
+    /// | `ERR_STACK_OVERFLOW`, `ERR_PROTOCOL`, `ERR_WORKER_UNRESPONSIVE` | why a worker died, as its report has it | [`Cause::StackOverflow`](crate::Cause::StackOverflow), [`Cause::ProtocolBreach`](crate::Cause::ProtocolBreach), [`Cause::Unresponsive`](crate::Cause::Unresponsive) |
+    /// | `ERR_MODULE_QUARANTINED` | a supervisor does not load the module | [`LoadError::Quarantined`] |
     /// | `ERR_SESSION_LIMIT`, `ERR_STILL_STARTING`, `ERR_BACKING_OFF`, `ERR_CIRCUIT_OPEN`, `ERR_HOOK` | a supervisor does not open the session | [`StartError`]'s |
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
     /// | `ERR_ARGUMENT_COUNT`, `ERR_ARGUMENT_TYPE`, `ERR_RESULT_TYPE`, `ERR_INTERIOR_NUL`, `ERR_FOREIGN_POINTER`, `ERR_UNDECLARED`, `ERR_CALLBACK` | a call that cannot be made as it was written | the errors of these names |
@@ -705,6 +737,8 @@ impl CallError {
             CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",
             CallError::Abandoned { .. } => "ERR_SESSION_ABANDONED",
             CallError::Full { .. } => "ERR_SESSION_FULL",
+            CallError::PipelineTaken { .. } => "ERR_PIPELINE_TAKEN",
+            CallError::PipelineUnsupported { .. } => "ERR_PIPELINE_UNSUPPORTED",
             CallError::TooLarge { .. } | CallError::StringTooLong { .. } => "ERR_PAYLOAD_TOO_LARGE",
             CallError::NoRoom { .. } => "ERR_ARENA_FULL",
             CallError::WrongCount { .. } => "ERR_ARGUMENT_COUNT",

@@ -26,14 +26,14 @@
 //!
 //! A [`Worker`] is one process. A [`Session`] is a native thread in it with a channel of its own; calls through a session are served one after another, and any
 //! number of threads may make them. A [`Module`] is a library loaded in a session. A [`Function`] is a symbol of it with a Rust type, a [`DynFunction`] one with a
-//! signature that is known at run time. [`IsolatedProcess`] is the short form of all of these: one module in one worker, called by name. [`CrashReport`] is what is known of a worker's end.
+//! signature that is known at run time. [`IsolatedProcess`] is the short form of all of these: one module in one worker, called by name. A [`Supervisor`] places sessions on workers, keeps to limits and replaces workers that have ended. [`CrashReport`] is what is known of a worker's end.
 //!
 //! # What it does not do
 //!
 //! - **It is no sandbox**: a worker has the rights of its host. It contains broken code, not malicious code.
 //! - It cannot check signatures against the code. A wrong one breaks the worker, not the host.
 //! - It does not make results true: they have the declared type and size, and are otherwise input from an untrusted process.
-//! - It does not repeat calls or restart workers by itself. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
+//! - It does not repeat calls, nor restart workers that no [`Supervisor`] or [`Pool`] keeps. [`CallError::may_have_run`] and [`CallError::session_usable`] say what can be done.
 //! - It passes no structs by value, and native code cannot yet call back into the host.
 //!
 //! # Platform
@@ -45,6 +45,7 @@
 //! - `self-exec` (default): the worker is the host's own executable, started again; an initialiser turns it into a worker before `main`. Without the feature, or in
 //!   a program that hotcell was loaded into as part of a library, the worker is the program `hotcell-worker`, named by [`WorkerBuilder::program`] or the environment
 //!   variable [`WORKER_VARIABLE`].
+//! - `metrics`: supervisors tell the recorder that the host has installed with the crate `metrics` of their workers and sessions.
 
 mod call;
 mod cgroup;
@@ -58,6 +59,7 @@ mod limits;
 mod memory;
 mod module;
 mod monitor;
+mod pipeline;
 mod placement;
 mod pool;
 #[cfg(feature = "self-exec")]
@@ -84,6 +86,7 @@ pub use latencies::{Counters, Latencies};
 pub use limits::{Limited, Scarce};
 pub use memory::SessionMemory;
 pub use module::Module;
+pub use pipeline::{Calls, PIPELINE_DEPTH, Pipeline, Pipelined, WordParam, WordReturned};
 pub use placement::{Backing, Placement, Prefault};
 pub use pool::{
     Capacity, Pool, PoolBuilder, PoolCaller, PoolDynFunction, PoolErrors, PoolEvent, PoolFunction,
@@ -93,10 +96,12 @@ pub use session::{Block, ModuleSource, RemotePtr, Session, SessionBuilder};
 pub use signature::{
     Place, SignatureError, SymbolDefinition, parse_c, parse_c_list, parse_json, parse_json_one, parse_symbols,
 };
+pub use supervisor::canary::Canary;
 pub use supervisor::events::{SupervisorEvent, SupervisorEventData};
+pub use supervisor::quarantine::Quarantine;
 pub use supervisor::restart::{Restart, RestartPolicy};
 pub use supervisor::retry::Retry;
-pub use supervisor::snapshot::{SessionSnapshot, SupervisorSnapshot, WorkerSnapshot};
+pub use supervisor::snapshot::{LatencySnapshot, SessionSnapshot, SupervisorSnapshot, WorkerSnapshot};
 pub use supervisor::start::BoxError;
 pub use supervisor::{OnFull, SessionRequest, Supervisor, SupervisorBuilder, Topology};
 pub use worker::{

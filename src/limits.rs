@@ -374,7 +374,7 @@ impl WorkerBuilder {
 
     /// Default: 0, no core files. Length of the core file that a crash may leave, in bytes (`RLIMIT_CORE`), at most the host's own hard limit.
     ///
-    /// Where `kernel.core_pattern` starts a program, the kernel does not apply the limit.
+    /// Where `kernel.core_pattern` starts a program, the kernel does not apply a limit above 0; with 0 the crash handler forbids the dump (`PR_SET_DUMPABLE`).
     pub fn core_bytes_max(mut self, bytes: u64) -> Self {
         self.limits.core_bytes = bytes;
         self
@@ -441,5 +441,90 @@ impl IsolatedProcessConfig {
     pub fn cpu_time_per_call(mut self, time: Duration) -> Self {
         self.worker = self.worker.cpu_time_per_call(time);
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAX: Duration = Duration::from_secs(2);
+
+    fn limits() -> (WorkerLimits, SessionLimits) {
+        let worker = WorkerLimits {
+            memory_bytes: Some(5 << 20),
+            cpu_time: Some(MAX),
+            file_bytes: Some(7),
+            ..WorkerLimits::default()
+        };
+        let session =
+            SessionLimits { cpu_time_per_call: Some(MAX), cpu_time: Some(MAX), ..SessionLimits::default() };
+        (worker, session)
+    }
+
+    fn signaled(signal: i32) -> WaitStatus {
+        WaitStatus::Signaled { signal, core_dumped: false }
+    }
+
+    fn note(exceeded: Exceeded) -> Option<LimitNote> {
+        Some(LimitNote { exceeded, session: Some(4), amount: 0 })
+    }
+
+    /// The cause for a worker with all limits, and that for one with none.
+    fn causes(status: WaitStatus, used: Duration, note: Option<LimitNote>, kills: u64) -> [Option<Cause>; 2] {
+        let usage = Usage { user: used, ..Usage::default() };
+        let evidence = Evidence { status, usage: &usage, note, memory_kills: kills };
+        let (worker, session) = limits();
+        let cause = |worker: &WorkerLimits, session: &SessionLimits| {
+            worker.exceeded(&evidence, |_| session).map(|(cause, _)| cause)
+        };
+        [cause(&worker, &session), cause(&WorkerLimits::default(), &SessionLimits::default())]
+    }
+
+    fn memory(signal: i32) -> Option<Cause> {
+        Some(Cause::MemoryExceeded { scope: Limited::Worker, bytes_max: 5 << 20, signal: Some(signal) })
+    }
+
+    fn cpu_time(scope: Limited) -> Option<Cause> {
+        Some(Cause::CpuTimeExceeded { scope, max: MAX })
+    }
+
+    #[test]
+    fn a_control_groups_kill_is_memory_and_any_other_kill_is_not() {
+        let kill = signaled(libc::SIGKILL);
+        assert_eq!(causes(kill, Duration::ZERO, None, 1), [memory(libc::SIGKILL), None]);
+        assert_eq!(causes(kill, Duration::ZERO, None, 0), [None, None]);
+        assert_eq!(
+            causes(WaitStatus::Exited(1), Duration::ZERO, None, 1),
+            [None, None],
+            "a child was killed"
+        );
+        assert_eq!(causes(signaled(libc::SIGSEGV), Duration::ZERO, None, 1), [None, None]);
+    }
+
+    #[test]
+    fn a_workers_word_counts_for_limits_that_it_has_and_as_far_as_the_kernel_bears_it_out() {
+        let (xcpu, segv) = (signaled(libc::SIGXCPU), signaled(libc::SIGSEGV));
+        for (exceeded, scope) in [
+            (Exceeded::CallCpuTime, Limited::Call),
+            (Exceeded::SessionCpuTime, Limited::Session),
+            (Exceeded::WorkerCpuTime, Limited::Worker),
+        ] {
+            assert_eq!(causes(xcpu, MAX, note(exceeded), 0), [cpu_time(scope), None]);
+            assert_eq!(causes(xcpu, MAX / 2, note(exceeded), 0), [None, None], "it has not used as much");
+        }
+        assert_eq!(causes(segv, MAX, note(Exceeded::WorkerMemory), 0), [memory(libc::SIGSEGV), None]);
+        assert_eq!(causes(WaitStatus::Exited(0), MAX, note(Exceeded::WorkerMemory), 0), [None, None]);
+        assert_eq!(causes(WaitStatus::Unknown, MAX, note(Exceeded::CallCpuTime), 0), [None, None]);
+    }
+
+    #[test]
+    fn the_kernels_own_signals_are_limits_where_there_are_limits() {
+        let cause = Cause::FileSizeExceeded { bytes_max: 7 };
+        assert_eq!(causes(signaled(libc::SIGXFSZ), Duration::ZERO, None, 0), [Some(cause), None]);
+        for signal in [libc::SIGXCPU, libc::SIGKILL] {
+            assert_eq!(causes(signaled(signal), MAX, None, 0), [cpu_time(Limited::Worker), None]);
+        }
+        assert_eq!(causes(signaled(libc::SIGSEGV), MAX, None, 0), [None, None]);
     }
 }

@@ -40,7 +40,7 @@ impl SessionBuilder {
     /// that it looked up itself. So the limit holds for code that allocates as code does, not for code that means to get around it: give a session that must have a hard
     /// limit a worker of its own. `docs/limits.md` has the whole account.
     ///
-    /// Calls of a session with a limit cost what they cost without; an allocation in it costs some nanoseconds more, and sixteen bytes.
+    /// A call of a session with a limit costs a comparison more than without; an allocation in it an addition to the session's account, and sixteen bytes.
     pub fn memory_bytes_max(mut self, bytes: u64) -> Self {
         self.limits.memory_bytes = Some(bytes);
         self

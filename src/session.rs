@@ -13,6 +13,7 @@ use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::latencies::{Counters, Latencies, Recorder};
 use crate::module::Resolved;
 use crate::monitor::lock;
+use crate::pipeline::StreamBooks;
 use crate::placement::{self, Placement};
 use crate::supervisor::Place;
 use crate::turns::{self, Turns};
@@ -152,6 +153,10 @@ impl SessionBuilder {
         self.timeout
     }
 
+    pub(crate) fn wait_policy(&self) -> WaitPolicy {
+        self.policy
+    }
+
     pub(crate) fn longest_string(&self) -> u64 {
         self.string_bytes_max
     }
@@ -202,6 +207,7 @@ impl Session {
     pub(crate) fn open(worker: &Arc<WorkerOwner>, options: SessionBuilder) -> Result<Session, StartError> {
         static NEXT: AtomicU32 = AtomicU32::new(1);
         options.check()?;
+        Turns::get(); // made here, so that no call makes it
         if sys::original_process().load(Relaxed) == 0 {
             return Err(StartError::Forked);
         }
@@ -236,7 +242,11 @@ impl Session {
     /// # Errors
     /// See [`LoadError`]: each way to fail has its own.
     pub fn load(&self, source: impl Into<ModuleSource>) -> Result<crate::Module, LoadError> {
-        crate::Module::load(self, &source.into())
+        let source = source.into();
+        if let Some(place) = self.owner.place.get() {
+            place.admit(&source.name.to_string_lossy())?;
+        }
+        crate::Module::load(self, &source)
     }
 
     /// The worker that this session is in.
@@ -626,19 +636,27 @@ struct Ring {
     published: u64,
     /// Slots whose callers went away before the reply: free once it is there.
     orphans: Vec<(u32, Option<ArenaBlock>)>,
-    /// Dropped blocks that a call nobody waits for may still use, each with the number of the last request that can have been given it.
-    kept_blocks: Vec<(u64, ArenaBlock)>,
+    /// Dropped blocks that a call nobody waits for may still use, each with the numbers of the last requests, of the ring and of the stream, that can have been given it.
+    kept_blocks: Vec<(u64, u64, ArenaBlock)>,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Lane {
+pub(crate) enum Lane {
     Direct,
     Ring { slot: u32, next: u32 },
 }
 
+/// Where an abandoned call's reply will come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum ReplyPlace {
+    Slot(Lane),
+    /// In the stream, at this position.
+    Stream(u64),
+}
+
 #[derive(Debug)]
 struct AbandonedCall {
-    lane: Lane,
+    place: ReplyPlace,
     block: Option<ArenaBlock>,
     function: FunctionName,
     /// It ends the session's thread when it returns.
@@ -661,11 +679,13 @@ pub struct SessionInner {
     /// 1 where the way of a plain call may be taken: as `original`, and always 0 where calls are measured.
     plain: &'static AtomicU32,
     original: &'static AtomicU32,
-    region: Region,
+    pub(crate) region: Region,
     arena_address: AtomicU64,
     spin: Spin,
     direct: CachePadded<DirectBooks>,
     ring_books: Box<[RingBooks]>,
+    /// The books of the session's pipeline.
+    pub(crate) stream: CachePadded<StreamBooks>,
     ring: Mutex<Ring>,
     arena: Mutex<Arena>,
     /// Callers that wait for a free ring slot.
@@ -720,6 +740,7 @@ impl SessionInner {
             spin: Spin::new(options.policy),
             direct: CachePadded::default(),
             ring_books,
+            stream: CachePadded::default(),
             ring: Mutex::default(),
             waiting: AtomicU32::new(0),
             freed: Default::default(),
@@ -751,13 +772,13 @@ impl SessionInner {
         self.latencies.as_ref()
     }
 
-    fn counters(&self) -> Counters {
+    pub(crate) fn counters(&self) -> Counters {
         let (spun, parked) = self.spin.waits();
         let (worker_spun, worker_parked) = self.region.progress().waits();
         let direct = self.direct.published.load(Relaxed);
         // In a fork the lock may be held for ever, by a thread that was not forked.
         let ring = if self.is_forked() { 0 } else { lock(&self.ring).published };
-        Counters { requests: direct + ring, spun, parked, worker_spun, worker_parked }
+        Counters { requests: direct + ring + self.stream.sent(), spun, parked, worker_spun, worker_parked }
     }
 
     /// The label by which reports find a function's name. The same name has the same label.
@@ -771,7 +792,7 @@ impl SessionInner {
         u32::try_from(at).unwrap_or(OWN_LABEL)
     }
 
-    fn label_name(&self, label: u32) -> FunctionName {
+    pub(crate) fn label_name(&self, label: u32) -> FunctionName {
         let labels = lock(&self.labels);
         labels.get(label as usize).unwrap_or(&labels[0]).clone()
     }
@@ -1179,8 +1200,11 @@ impl SessionInner {
     /// Frees dropped blocks that no call can be using any more. Looks at all slots, so it is not for every call.
     fn reclaim_blocks(&self, ring: &mut Ring) {
         if !ring.kept_blocks.is_empty() {
-            let oldest = self.oldest_in_use();
-            for (_, block) in ring.kept_blocks.extract_if(.., |(last, _)| *last < oldest) {
+            let (oldest, oldest_of_stream) = (self.oldest_in_use(), self.oldest_of_stream());
+            let over = |(last, last_of_stream, _): &mut (u64, u64, ArenaBlock)| {
+                *last < oldest && *last_of_stream <= oldest_of_stream
+            };
+            for (_, _, block) in ring.kept_blocks.extract_if(.., over) {
                 self.free_block(block);
             }
         }
@@ -1212,7 +1236,7 @@ impl SessionInner {
 
     /// Why no call can be made now; or that it can after all, because what was abandoned has returned.
     #[cold]
-    fn refuse(&self, function: &dyn Fn() -> FunctionName) -> Result<(), CallError> {
+    pub(crate) fn refuse(&self, function: &dyn Fn() -> FunctionName) -> Result<(), CallError> {
         if self.original.load(Relaxed) == 0 {
             return Err(CallError::Forked);
         }
@@ -1223,12 +1247,17 @@ impl SessionInner {
                 let mut closed = false;
                 let mut abandoned = lock(&self.abandoned);
                 abandoned.retain_mut(|call| {
-                    let slot = self.slot(call.lane);
-                    if !slot.turn().is_answered() {
+                    let returned = match call.place {
+                        ReplyPlace::Slot(lane) => self.slot(lane).turn().is_answered(),
+                        ReplyPlace::Stream(position) => self.region.stream().has_reply(position),
+                    };
+                    if !returned {
                         return true;
                     }
                     closed |= call.closes;
-                    self.release(call.lane);
+                    if let ReplyPlace::Slot(lane) = call.place {
+                        self.release(lane);
+                    }
                     if let Some(block) = call.block.take() {
                         self.free_block(block);
                     }
@@ -1258,6 +1287,25 @@ impl SessionInner {
             Lane::Direct => self.region.direct(),
             Lane::Ring { slot, .. } => self.region.slot(slot),
         }
+    }
+
+    /// Leaves what `place` names to a call that passed its deadline, until it returns.
+    fn abandon(&self, place: ReplyPlace, block: Option<ArenaBlock>, function: FunctionName, closes: bool) {
+        lock(&self.abandoned).push(AbandonedCall { place, block, function, closes });
+        // Fails if the session is abandoned already, or dead.
+        let _ = self.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
+    }
+
+    /// What a passed deadline of the call at `position` of the stream does. Whether the worker was killed.
+    pub(crate) fn stream_timed_out(&self, position: u64, function: &FunctionName, after: Duration) -> bool {
+        let worker_killed = self.options.on_deadline == OnDeadline::KillWorker;
+        if worker_killed {
+            let cause = Cause::DeadlineExceeded { function: function.clone(), after };
+            self.worker.end(cause, Some(self.id));
+        } else {
+            self.abandon(ReplyPlace::Stream(position), None, function.clone(), false);
+        }
+        worker_killed
     }
 
     /// The error of a call whose worker is dead. `taken`: whether the worker had taken it.
@@ -1298,6 +1346,9 @@ impl SessionInner {
         if direct {
             return Some(self.label_name(self.direct.label.load(Relaxed)));
         }
+        if let Some(running) = self.running_in_stream() {
+            return Some(running);
+        }
         let running = (0..self.options.slots).find(|at| {
             let books = self.books(*at);
             ring_taken != 0
@@ -1322,6 +1373,7 @@ impl SessionInner {
         for slot in 0..self.options.slots {
             wait::close(self.region.slot(slot));
         }
+        self.region.sleepers().end_wait();
         self.freed.1.notify_all();
     }
 
@@ -1334,8 +1386,31 @@ impl SessionInner {
 
     /// Whether this process is a fork of the one that opened the session. It has copies of the books, but the memory is still shared: what it gave away or
     /// handed out would be missing in the original.
+    #[inline(always)]
     pub(crate) fn is_forked(&self) -> bool {
         self.original.load(Relaxed) == 0
+    }
+
+    /// Whether calls can be made now. If not, [`SessionInner::refuse`] says why.
+    #[inline(always)]
+    pub(crate) fn is_open(&self) -> bool {
+        // Both are facts of this process; together one branch.
+        self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) == 0
+    }
+
+    /// Whether a reply may still come.
+    pub(crate) fn is_alive(&self) -> bool {
+        matches!(self.status.load(SeqCst), OPEN | ABANDONED)
+    }
+
+    /// Whether the session was closed in good order: what was not answered did not run.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.status.load(Acquire) == CLOSED
+    }
+
+    /// Gives the stream its pages.
+    pub(crate) fn commit_stream(&self) -> std::io::Result<()> {
+        region::commit_stream(self.region_fd.as_fd(), self.region.geometry())
     }
 
     fn allocate(&self, bytes: u64, function: impl FnOnce() -> FunctionName) -> Result<ArenaBlock, CallError> {
@@ -1367,7 +1442,7 @@ impl SessionInner {
         }
         let mut ring = lock(&self.ring);
         let last = ring.published;
-        ring.kept_blocks.push((last, block));
+        ring.kept_blocks.push((last, self.stream.sent(), block));
         self.reclaim_blocks(&mut ring);
     }
 
@@ -1381,7 +1456,12 @@ impl SessionInner {
     }
 
     /// Runs one of the session's own functions that needs no payload. Gives its first two reply words.
-    fn fixed(&self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
+    pub(crate) fn fixed(
+        &self,
+        function: u32,
+        words: &[u64],
+        what: &'static str,
+    ) -> Result<[u64; 2], CallError> {
         self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
     }
 
@@ -1508,15 +1588,16 @@ impl SessionInner {
     pub(crate) fn calls(&self) -> (u64, u64) {
         let mut ring = lock(&self.ring);
         if self.is_over() {
-            return (self.direct.published.load(Relaxed) + ring.published, 0);
+            return (self.direct.published.load(Relaxed) + ring.published + self.stream.sent(), 0);
         }
         // Slots of dropped tickets whose calls are over.
         self.reclaim(&mut ring);
         let busy = self.ring_books.iter().filter(|books| books.busy.load(Relaxed)).count() as u64;
         let direct = u64::from(self.region.direct().turn() == Turn::Pending);
         // The slot at the tail is busy and has no call in it.
-        let in_flight = busy.saturating_sub(1) + direct;
-        ((self.direct.published.load(Relaxed) + ring.published).saturating_sub(in_flight), in_flight)
+        let in_flight = busy.saturating_sub(1) + direct + self.stream_in_flight();
+        let published = self.direct.published.load(Relaxed) + ring.published + self.stream.sent();
+        (published.saturating_sub(in_flight), in_flight)
     }
 
     /// Whether it was closed, or its worker has ended.
@@ -1867,15 +1948,8 @@ impl<'s> Frame<'s> {
                         let _ = session.status.compare_exchange(OPEN, DEAD, SeqCst, Relaxed);
                     }
                 } else {
-                    let call = AbandonedCall {
-                        lane: self.lane,
-                        block: self.block.take(),
-                        function: function.clone(),
-                        closes: self.closes,
-                    };
-                    lock(&session.abandoned).push(call);
-                    // Fails if the session is abandoned already, or dead.
-                    let _ = session.status.compare_exchange(OPEN, ABANDONED, Acquire, Relaxed);
+                    let place = ReplyPlace::Slot(self.lane);
+                    session.abandon(place, self.block.take(), function.clone(), self.closes);
                 }
                 CallError::TimedOut { function, after: timeout, worker_killed }
             }

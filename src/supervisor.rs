@@ -1,14 +1,18 @@
 //! `Supervisor`: places sessions on workers by topology, keeps to limits, and replaces workers that have ended.
 //!
 //! **The locks.** One lock guards the state. Under it nothing is waited for but the lock's own condition, no worker is started, and no code of the host's user runs: hooks and
-//! starts run between two holds of it, event handlers on the thread of the events. What decides is plain data without threads: [`places`], [`restart`].
+//! starts run between two holds of it, event handlers on the thread of the events. What decides is plain data without threads: [`places`], [`restart`], [`quarantine`].
 //!
 //! **A worker's end** is told by the monitor, after the calls in flight have their errors. A caller may come back with such an error sooner than the monitor comes here, so
 //! whoever looks at a worker that is dead settles its end first ([`Inner::settle`]); the second to come finds nothing to do.
 
+pub(crate) mod canary;
 pub(crate) mod clock;
 pub(crate) mod events;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod places;
+pub(crate) mod quarantine;
 pub(crate) mod restart;
 pub(crate) mod retry;
 pub(crate) mod snapshot;
@@ -16,21 +20,24 @@ pub(crate) mod start;
 #[cfg(test)]
 mod tests;
 
-use crate::error::StartError;
+use crate::error::{LoadError, StartError};
 use crate::events::{Emitter, ListenerId, drop_elsewhere};
 use crate::monitor::lock;
 use crate::session::{Session, SessionBuilder, SessionInner};
 use crate::worker::{Worker, WorkerBuilder, WorkerEvent, WorkerInner};
+use canary::{Canary, Stop};
 use clock::Clock;
 use crossbeam_channel::Receiver;
 use events::{SupervisorEvent, SupervisorEventData};
 use hotcell_channel::sys;
 use places::{Key, Limits, Places, Want};
+use quarantine::{Quarantine, Ward, module_key};
 use restart::{Gate, RestartPolicy, Restarts, why_ended};
 use rustc_hash::FxHashMap;
 use snapshot::{SessionSnapshot, SupervisorSnapshot, WorkerSnapshot};
 use start::{BoxError, SessionHook, Starter};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
@@ -126,6 +133,8 @@ pub struct SupervisorBuilder {
     limits: Limits,
     on_full: OnFull,
     restart: Option<RestartPolicy>,
+    quarantine: Option<Quarantine>,
+    canary: Option<Canary>,
     start_patience: Duration,
     on_start: Option<start::StartHook>,
     on_session: Option<SessionHook>,
@@ -141,6 +150,8 @@ impl Default for SupervisorBuilder {
             limits: Limits::default(),
             on_full: OnFull::default(),
             restart: None,
+            quarantine: Some(Quarantine::default()),
+            canary: None,
             start_patience: Duration::from_secs(30),
             on_start: None,
             on_session: None,
@@ -196,6 +207,24 @@ impl SupervisorBuilder {
     /// meaning under [`Topology::PerSession`], where no worker is replaced, and is refused there.
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = Some(policy.into());
+        self
+    }
+
+    /// Default: [`Quarantine::default`]. When a module is loaded no more because of the workers that it has ended.
+    pub fn quarantine(mut self, quarantine: Quarantine) -> Self {
+        self.quarantine = Some(quarantine);
+        self
+    }
+
+    /// No module is put into quarantine, whatever it does.
+    pub fn no_quarantine(mut self) -> Self {
+        self.quarantine = None;
+        self
+    }
+
+    /// Default: none. Asks each worker that the supervisor starts for a sign of life at an interval.
+    pub fn canary(mut self, canary: Canary) -> Self {
+        self.canary = Some(canary);
         self
     }
 
@@ -262,12 +291,16 @@ impl SupervisorBuilder {
         }
         let restart = self.restart.clone().unwrap_or_default();
         restart.check()?;
+        self.quarantine.as_ref().map_or(Ok(()), Quarantine::check)?;
         let session = self.session.clone().unwrap_or_else(|| self.worker.session_options().clone());
         session.check()?;
+        self.canary.as_ref().map_or(Ok(()), Canary::check_options)?;
         let state = State {
             places: Places::new(self.limits),
             groups: FxHashMap::default(),
             seats: FxHashMap::default(),
+            ward: Ward::new(self.quarantine),
+            module_keys: FxHashMap::default(),
             totals: Totals::default(),
             groups_before_tidying: 64,
             disposed: false,
@@ -280,13 +313,21 @@ impl SupervisorBuilder {
             restart,
             start_patience: self.start_patience,
             on_session: self.on_session,
+            canary: self.canary.clone(),
             since: self.clock.now(),
-            clock: self.clock,
+            clock: self.clock.clone(),
             state: Mutex::new(state),
             changed: Condvar::new(),
             emitter: Arc::default(),
         });
-        Ok(Supervisor { handle: Arc::new(Handle { inner }) })
+        inner.emitter.on(&SupervisorEvent::ALL, false, true, events::trace);
+        #[cfg(feature = "metrics")]
+        metrics::attach(&inner);
+        let stop = Arc::<Stop>::default();
+        if let Some(canary) = self.canary {
+            canary::keep(Arc::downgrade(&inner), canary, self.clock, Arc::clone(&stop))?;
+        }
+        Ok(Supervisor { handle: Arc::new(Handle { inner, stop }) })
     }
 }
 
@@ -317,14 +358,16 @@ pub struct Supervisor {
 #[derive(Debug)]
 struct Handle {
     inner: Arc<Inner>,
+    /// Ends the keeper, if there is one.
+    stop: Arc<Stop>,
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
         // In a fork the lock may be held for ever.
         if sys::original_process().load(Relaxed) == 1 {
-            let workers = self.inner.let_go();
-            drop(workers);
+            self.stop.stop();
+            drop(self.inner.let_go());
         }
     }
 }
@@ -383,6 +426,27 @@ impl Supervisor {
         self.handle.inner.emitter.receiver(events)
     }
 
+    /// The modules that are in quarantine. Files are named by their true paths.
+    pub fn quarantined(&self) -> Vec<String> {
+        let inner = &self.handle.inner;
+        let mut state = lock(&inner.state);
+        inner.settle_all(&mut state);
+        state.ward.quarantined()
+    }
+
+    /// Releases a module from quarantine and forgets its crashes. False if it was not in quarantine.
+    pub fn release(&self, module: impl AsRef<Path>) -> bool {
+        let inner = &self.handle.inner;
+        let key = module_key(inner.starter.builder.directory(), &module.as_ref().to_string_lossy());
+        let mut state = lock(&inner.state);
+        inner.settle_all(&mut state);
+        let released = state.ward.release(&key);
+        if released {
+            inner.emitter.emit(SupervisorEventData::Released { module: key.into() });
+        }
+        released
+    }
+
     /// What it has at this moment, and what it has counted, as plain data.
     pub fn snapshot(&self) -> SupervisorSnapshot {
         self.handle.inner.snapshot()
@@ -419,6 +483,8 @@ struct Group {
     worker: Option<Worker>,
     /// Until its end is settled.
     inner: Option<Arc<WorkerInner>>,
+    /// The session that is asked for signs of life.
+    canary: Option<Session>,
     since: Instant,
     tenant: Option<Arc<str>>,
     /// Somebody is starting it.
@@ -432,6 +498,9 @@ struct State {
     groups: FxHashMap<Key, Group>,
     /// The open sessions, by their places.
     seats: FxHashMap<u64, Seat>,
+    ward: Ward,
+    /// The modules that were loaded: the name in reports, and the one in the ward's books. Looked up here, since the file system is not asked under the lock.
+    module_keys: FxHashMap<Arc<str>, String>,
     totals: Totals,
     groups_before_tidying: usize,
     disposed: bool,
@@ -460,6 +529,7 @@ pub(crate) struct Inner {
     restart: RestartPolicy,
     start_patience: Duration,
     on_session: Option<SessionHook>,
+    canary: Option<Canary>,
     clock: Clock,
     since: Instant,
     state: Mutex<State>,
@@ -470,6 +540,9 @@ pub(crate) struct Inner {
 
 /// How often a session is tried again whose worker dies while it is opened.
 const OPEN_AGAIN_MAX: u32 = 3;
+
+/// Names of modules that are remembered.
+const MODULE_KEYS_MAX: usize = 4096;
 
 /// An open session, as the supervisor sees it.
 #[derive(Debug)]
@@ -492,7 +565,8 @@ impl Inner {
             return Err(StartError::Forked);
         }
         let tenant = request.tenant.clone();
-        let opened = self.open(request);
+        let span = tracing::debug_span!("session", tenant = tenant.as_deref(), topology = ?self.topology);
+        let opened = span.in_scope(|| self.open(request));
         if let Err(error) = &opened {
             lock(&self.state).totals.sessions_refused += 1;
             if self.emitter.wants(SupervisorEvent::SessionRefused) {
@@ -585,7 +659,7 @@ impl Inner {
         deadline: Option<Instant>,
     ) -> Result<Worker, StartError> {
         if let Some(worker) = given {
-            self.watch(key, worker, tenant, false)?;
+            self.watch(key, worker, tenant, None)?;
             return Ok(worker.clone());
         }
         let asked = self.clock.now();
@@ -629,8 +703,14 @@ impl Inner {
         }
         drop(state);
         let _starting = Starting { inner: self, key };
-        match self.starter.start() {
-            Ok(worker) => self.watch(key, &worker, tenant, true).map(|()| worker),
+        let started = self.starter.start().and_then(|worker| match &self.canary {
+            None => Ok((worker, None)),
+            Some(canary) => {
+                Session::open(&worker.owner, canary.session()).map(|canary| (worker, Some(canary)))
+            }
+        });
+        match started {
+            Ok((worker, canary)) => self.watch(key, &worker, tenant, Some(canary)).map(|()| worker),
             Err(error) => Err(self.start_failed(key, tenant, error)),
         }
     }
@@ -647,6 +727,7 @@ impl Inner {
         state.groups.entry(key.clone()).or_insert_with(|| Group {
             worker: None,
             inner: None,
+            canary: None,
             since: self.since,
             tenant: tenant.filter(|_| !matches!(key, Key::Shared)).cloned(),
             starting: false,
@@ -654,19 +735,19 @@ impl Inner {
         })
     }
 
-    /// Enters a worker under its key, and has its end told. `started`: by this supervisor.
+    /// Enters a worker under its key, and has its end told. `started`: by this supervisor, with a canary if there is to be one.
     fn watch(
         self: &Arc<Self>,
         key: &Key,
         worker: &Worker,
         tenant: Option<&Arc<str>>,
-        started: bool,
+        started: Option<Option<Session>>,
     ) -> Result<(), StartError> {
         let inner = &worker.owner.inner;
         let mut state = lock(&self.state);
         if state.disposed {
             drop(state);
-            if started {
+            if started.is_some() {
                 worker.dispose();
             }
             return Err(StartError::Disposed);
@@ -677,10 +758,12 @@ impl Inner {
         }
         group.inner = Some(Arc::clone(inner));
         group.since = self.clock.now();
+        let by_us = started.is_some();
+        group.canary = started.flatten();
         // A session keeps the worker that is its own; the caller keeps his.
         group.worker = key.is_replaced().then(|| worker.clone());
         let (tenant, restarts) = (group.tenant.clone(), group.restarts.restarts());
-        if started {
+        if by_us {
             state.totals.workers_started += 1;
             state.totals.restarts += u64::from(restarts > 0);
             self.emitter.emit(SupervisorEventData::WorkerStarted { pid: inner.pid, tenant, restarts });
@@ -739,10 +822,18 @@ impl Inner {
         let Some(group) = state.groups.get_mut(key) else { return };
         let Some(ended) = group.inner.take_if(|inner| inner.is_dead()) else { return };
         let Some(report) = ended.report() else { return };
-        // The last handle of the supervisor's; the process is dead, so nothing comes of it.
-        group.worker = None;
+        // The supervisor's last handles; the process is dead, so nothing comes of that.
+        (group.worker, group.canary) = (None, None);
         let (now, tenant) = (self.clock.now(), group.tenant.clone());
         let opened = group.restarts.ended(now, why_ended(&report));
+        if let Some(culprit) = report.culprit() {
+            let module =
+                state.module_keys.get(&culprit.module).cloned().unwrap_or_else(|| culprit.module.to_string());
+            if state.ward.crashed(now, &module, &report) {
+                let (module, report) = (module.into(), report.clone());
+                self.emitter.emit(SupervisorEventData::Quarantined { module, report });
+            }
+        }
         *state.totals.ends.entry(report.cause().kind()).or_default() += 1;
         self.emitter.emit(SupervisorEventData::WorkerEnded { tenant: tenant.clone(), report });
         self.circuit(opened, now, tenant, group.restarts.last());
@@ -789,14 +880,11 @@ impl Inner {
         let (mut calls_done, mut calls_in_flight) = (state.totals.calls_done, 0);
         let mut sessions: FxHashMap<u64, Vec<SessionSnapshot>> = FxHashMap::default();
         for seat in state.seats.values() {
-            let (done, in_flight) = seat.calls();
-            calls_done += done;
-            calls_in_flight += in_flight;
-            sessions.entry(seat.worker).or_default().push(SessionSnapshot {
-                tenant: seat.tenant.clone(),
-                calls_done: done,
-                calls_in_flight: in_flight,
-            });
+            let Some(session) = seat.session.upgrade() else { continue };
+            let session = SessionSnapshot::of(&session, seat.tenant.clone());
+            calls_done += session.calls_done;
+            calls_in_flight += session.calls_in_flight;
+            sessions.entry(seat.worker).or_default().push(session);
         }
         let worker = |group: &Group| WorkerSnapshot {
             tenant: group.tenant.clone(),
@@ -811,6 +899,7 @@ impl Inner {
         };
         let mut workers: Vec<_> = state.groups.values().map(worker).collect();
         let totals = state.totals.clone();
+        let quarantined = state.ward.quarantined();
         let (sessions_open, sessions_waiting) = (state.places.taken(), state.places.waiting());
         // Reading files takes its time.
         drop(state);
@@ -835,13 +924,31 @@ impl Inner {
             starts_failed,
             restarts,
             ends,
+            quarantined,
             uptime: now.saturating_duration_since(self.since),
         }
     }
 
-    /// Takes the supervisor's own handles to its workers.
-    fn let_go(&self) -> Vec<Worker> {
-        lock(&self.state).groups.values_mut().filter_map(|group| group.worker.take()).collect()
+    #[cfg(feature = "metrics")]
+    fn metered(&self) -> (Totals, metrics::Gauges) {
+        let state = lock(&self.state);
+        let gauges = metrics::Gauges {
+            workers: state.groups.values().filter(|group| group.inner.is_some()).count(),
+            sessions: state.seats.len(),
+            quarantined: state.ward.quarantined().len(),
+        };
+        (state.totals.clone(), gauges)
+    }
+
+    /// The sessions to ask for signs of life.
+    fn canaries(&self) -> Vec<Session> {
+        lock(&self.state).groups.values().filter_map(|group| group.canary.clone()).collect()
+    }
+
+    /// Takes the supervisor's own handles to its workers. To be dropped without the lock: closing a session waits for its answer.
+    fn let_go(&self) -> Vec<(Option<Worker>, Option<Session>)> {
+        let mut state = lock(&self.state);
+        state.groups.values_mut().map(|group| (group.worker.take(), group.canary.take())).collect()
     }
 }
 
@@ -868,6 +975,27 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// Refuses a module that is in quarantine.
+    pub(crate) fn admit(&self, module: &str) -> Result<(), LoadError> {
+        if sys::original_process().load(Relaxed) == 0 {
+            return Ok(()); // the lock may be held for ever; the load itself refuses
+        }
+        let Some(inner) = self.supervisor.upgrade() else { return Ok(()) };
+        let key = module_key(inner.starter.builder.directory(), module);
+        let mut state = lock(&inner.state);
+        inner.settle_all(&mut state);
+        if let Some(reports) = state.ward.reports(&key) {
+            inner.emitter.emit(SupervisorEventData::LoadRefused { module: module.into() });
+            return Err(LoadError::Quarantined { module: module.into(), reports });
+        }
+        if state.module_keys.len() >= MODULE_KEYS_MAX {
+            // Those that are loaded again come back; until then their names stand for themselves.
+            state.module_keys.clear();
+        }
+        state.module_keys.insert(module.into(), key);
+        Ok(())
+    }
+
     /// The session was closed: its place is free, and the worker that was its own ends.
     pub(crate) fn closed(&self, worker: &Worker) {
         let Some(inner) = self.supervisor.upgrade() else { return };
@@ -882,12 +1010,18 @@ impl Place {
     /// False if that has been done.
     fn give_back(&self, inner: &Inner) -> bool {
         let mut state = lock(&inner.state);
+        // If the worker has ended, that comes first: who listens hears of a crash before he hears of the sessions that it closed.
+        inner.settle_all(&mut state);
+        // A worker of its own is not to be kept by its canary. Dropped without the lock.
+        let own = state.groups.get_mut(&Key::Own(self.id));
+        let _canary = own.and_then(|group| group.canary.take());
         let given = state.places.release(self.id);
         if let Some(seat) = state.seats.remove(&self.id) {
             state.totals.calls_done += seat.calls().0;
             inner.emitter.emit(SupervisorEventData::SessionClosed { tenant: seat.tenant, pid: seat.pid });
         }
         inner.changed.notify_all();
+        drop(state);
         given
     }
 }

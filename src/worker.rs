@@ -19,7 +19,7 @@ use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
@@ -182,6 +182,10 @@ impl WorkerBuilder {
     pub fn session_defaults(mut self, session: SessionBuilder) -> Self {
         self.session = session;
         self
+    }
+
+    pub(crate) fn directory(&self) -> Option<&Path> {
+        self.directory.as_deref()
     }
 
     pub(crate) fn session_options(&self) -> &SessionBuilder {

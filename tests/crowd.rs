@@ -53,7 +53,7 @@ impl Enough {
 
     fn of(&self, done: u64, calls: u64) -> bool {
         let late = || done >= calls.div_ceil(20) && self.0.elapsed() > Duration::from_secs(30);
-        done == calls || done % 16 == 0 && late()
+        done == calls || done.is_multiple_of(16) && late()
     }
 }
 

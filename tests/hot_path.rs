@@ -8,7 +8,8 @@
 mod process;
 
 use hotcell::{
-    CallError, DynFunction, Function, In, InOut, Module, Out, Session, SessionBuilder, WaitPolicy, Worker,
+    CallError, DynFunction, Function, In, InOut, Module, Out, Pipeline, Session, SessionBuilder, WaitPolicy,
+    Worker,
 };
 use process::{isolated, isolated_status, library, until, watchdog};
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -108,6 +109,7 @@ type RaiseEach = fn(InOut<[u8]>, u64);
 struct Calls {
     _session: Session,
     add: Function<fn(u64, u64) -> u64>,
+    pipeline: Pipeline<fn(u64, u64) -> u64>,
     by_name: DynFunction,
     sum: Function<Sum>,
     fill: Function<Fill>,
@@ -121,7 +123,7 @@ struct Calls {
 }
 
 /// The kinds of call, by number.
-const KINDS: [&str; 11] = [
+const KINDS: [&str; 12] = [
     "typed",
     "by name",
     "64 B in",
@@ -133,6 +135,7 @@ const KINDS: [&str; 11] = [
     "bytes by name",
     "submitted",
     "block",
+    "pipelined",
 ];
 
 impl Calls {
@@ -143,6 +146,7 @@ impl Calls {
         assert!(block.write(0, &[2; 4096]));
         Self {
             add: module.function("add").unwrap(),
+            pipeline: module.function("add").unwrap().pipeline().unwrap(),
             by_name: module.prototype("uint64_t add(uint64_t, uint64_t)").unwrap(),
             sum: module.function("sum").unwrap(),
             fill: module.function("fill").unwrap(),
@@ -186,6 +190,11 @@ impl Calls {
                 let Ok(first) = self.add.submit(i, 1) else { return false };
                 let Ok(second) = self.add.submit(i, 2) else { return false };
                 second.wait().is_ok_and(|sum| sum == i + 2) && first.wait().is_ok_and(|sum| sum == i + 1)
+            }
+            11 => {
+                // Enough to go round the ring, and round again.
+                let sent = (0..200).all(|j| self.pipeline.send(i, j).is_ok());
+                sent && (0..200).all(|j| self.pipeline.receive().is_ok_and(|sum| sum == Some(i + j)))
             }
             _ => self.sum_block.call(&self.block, 4096).is_ok_and(|sum| sum == 8192),
         }

@@ -1,7 +1,7 @@
 //! The native code that the benches call, compiled once for each of them.
 
 use hotcell::{Module, Session};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
 
@@ -48,7 +48,14 @@ impl Library {
         Library { path, _directory: directory }
     }
 
+    /// Where it is.
+    #[allow(dead_code)] // not every bench opens its sessions itself
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Loads it in a session.
+    #[allow(dead_code)]
     pub(crate) fn load(&self, session: &Session) -> Module {
         session.load(&self.path).expect("the library that was just compiled can be loaded")
     }

@@ -5,18 +5,20 @@
 //! 0             128  SessionHeader   written once by the host, checked once by the worker
 //! 128           128  Progress        written by the worker, read by the host after its death
 //! 256           128  Doorbell        rung by the host, slept on by the worker's session thread
-//! 384           128  reserved, zero
+//! 384           128  Sleepers        who sleeps while the stream is in use
 //! 512           128  the direct slot
 //! 640       128 * n  the ring's slots
+//! page-aligned  32 K  the stream: two rings of records; allocated with the first pipeline
 //! page-aligned    …  arena: payload blocks; its first SCRATCH_BYTES belong to the direct slot
 //! ```
 
 use crate::slot::{Doorbell, Progress, Slot};
+use crate::stream::{RECORDS, Record, Sleepers, Stream};
 
 /// First eight bytes of every hello and of every session header.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"hotcell\0");
 /// Raised whenever the meaning of any shared byte changes.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Granularity of the region and of its parts.
 pub const PAGE_BYTES: u64 = 4096;
 /// Alignment of an arena that may lie in huge pages, and their size: that of x86-64, and of aarch64 with pages of 4 KiB.
@@ -25,6 +27,8 @@ pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 pub const PROGRESS_OFFSET: u64 = 128;
 /// Offset of [`Doorbell`].
 pub const DOORBELL_OFFSET: u64 = 256;
+/// Offset of [`Sleepers`].
+pub const SLEEPERS_OFFSET: u64 = 384;
 /// Offset of the direct slot.
 pub const DIRECT_OFFSET: u64 = 512;
 /// Offset of the ring's first slot.
@@ -61,9 +65,15 @@ impl Geometry {
         Self::slot_offset(self.slots).next_multiple_of(PAGE_BYTES)
     }
 
+    /// The offset of the stream.
+    pub const fn stream_offset(&self) -> u64 {
+        self.slots_end()
+    }
+
     /// The offset of the arena.
     pub const fn arena_offset(&self) -> u64 {
-        if self.huge_pages { self.slots_end().next_multiple_of(HUGE_PAGE_BYTES) } else { self.slots_end() }
+        let stream_end = self.stream_offset() + size_of::<Stream>() as u64;
+        if self.huge_pages { stream_end.next_multiple_of(HUGE_PAGE_BYTES) } else { stream_end }
     }
 
     /// The size of the whole region.
@@ -89,8 +99,12 @@ pub const LAYOUT_HASH: u64 = {
         size_of::<Slot>() as u64,
         size_of::<Progress>() as u64,
         size_of::<Doorbell>() as u64,
+        size_of::<Sleepers>() as u64,
+        size_of::<Record>() as u64,
+        RECORDS as u64,
         PROGRESS_OFFSET,
         DOORBELL_OFFSET,
+        SLEEPERS_OFFSET,
         DIRECT_OFFSET,
         RING_OFFSET,
         SCRATCH_BYTES,
@@ -116,6 +130,7 @@ const _: () = {
     assert!(PROGRESS_OFFSET.is_multiple_of(128) && DOORBELL_OFFSET.is_multiple_of(128));
     assert!(DIRECT_OFFSET.is_multiple_of(128) && RING_OFFSET.is_multiple_of(128));
     assert!(RING_OFFSET == DIRECT_OFFSET + 128);
+    assert!(SLEEPERS_OFFSET == DOORBELL_OFFSET + 128 && SLEEPERS_OFFSET + 128 == DIRECT_OFFSET);
     assert!(SCRATCH_BYTES.is_multiple_of(PAGE_BYTES));
 };
 
@@ -127,7 +142,8 @@ mod tests {
     fn parts_do_not_overlap() {
         let g = Geometry { slots: 256, arena_bytes: SCRATCH_BYTES, huge_pages: false };
         assert!(g.is_valid());
-        assert!(Geometry::slot_offset(255) + 128 <= g.arena_offset());
+        assert!(Geometry::slot_offset(255) + 128 <= g.stream_offset());
+        assert_eq!(g.stream_offset() % PAGE_BYTES, 0);
         assert_eq!(g.arena_offset() % PAGE_BYTES, 0);
         assert_eq!(g.region_bytes(), g.arena_offset() + SCRATCH_BYTES);
         let huge = Geometry { huge_pages: true, ..g };

@@ -23,6 +23,7 @@ pub mod signature;
 pub mod slot;
 #[cfg(not(loom))]
 pub mod socket;
+pub mod stream;
 pub mod sys;
 pub mod wait;
 #[cfg(all(test, not(loom)))]

@@ -5,7 +5,7 @@
 //! - The region is a memfd whose size can no longer change: it is sealed with `SHRINK`, `GROW` and `SEAL` before anybody maps it,
 //!   and whoever maps it verifies the seals and then the size. So no access inside the mapping can raise `SIGBUS` for want of a file.
 //! - No Rust reference to its bytes leaves this module, except to structs that consist of atomics ([`Slot`], [`Doorbell`],
-//!   [`Progress`]): the other process may write any byte at any moment.
+//!   [`Progress`], [`Stream`], [`Sleepers`]): the other process may write any byte at any moment.
 //! - Payload bytes are copied by [`copy_in`](Region::write) and [`copy_out`](Region::read), whose copy loop is not
 //!   Rust memory access at all on x86-64 (`rep movsb` in an asm block) and relaxed atomic bytes and words elsewhere. What arrives is a snapshot
 //!   without any promise about its content.
@@ -13,9 +13,10 @@
 
 use crate::layout::{
     DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, HUGE_PAGE_BYTES, LAYOUT_HASH, MAGIC, PROGRESS_OFFSET,
-    PROTOCOL_VERSION,
+    PROTOCOL_VERSION, SCRATCH_BYTES, SLEEPERS_OFFSET,
 };
 use crate::slot::{Doorbell, Progress, Slot};
+use crate::stream::{Sleepers, Stream};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -88,6 +89,14 @@ pub fn sealed_memfd(name: &std::ffi::CStr, bytes: u64) -> Result<OwnedFd, Region
 /// The call's own, `ENOSPC` and `ENOMEM` above all.
 pub fn commit(fd: BorrowedFd<'_>, offset: u64, bytes: u64) -> io::Result<()> {
     change(fd, FallocateFlags::empty(), offset, bytes)
+}
+
+/// `fallocate`: gives the stream of a region its pages, before the host's first look at it.
+///
+/// # Errors
+/// As [`commit`].
+pub fn commit_stream(fd: BorrowedFd<'_>, geometry: Geometry) -> io::Result<()> {
+    commit(fd, geometry.stream_offset(), size_of::<Stream>() as u64)
 }
 
 /// `fallocate(PUNCH_HOLE)`: gives the range's pages back; it reads as zero afterwards.
@@ -266,6 +275,8 @@ pub struct Region {
     direct: Hot<Slot>,
     bell: Hot<Doorbell>,
     progress: Hot<Progress>,
+    stream: Hot<Stream>,
+    sleepers: Hot<Sleepers>,
 }
 
 /// A pointer into the region's own mapping, to a struct of atomics.
@@ -289,10 +300,9 @@ impl Region {
         assert!(geometry.is_valid(), "geometry is checked by the configuration");
         let bytes = geometry.region_bytes();
         let fd = sealed_memfd(c"hotcell", bytes)?;
-        for (offset, first) in
-            [(0, geometry.slots_end()), (geometry.arena_offset(), crate::layout::SCRATCH_BYTES)]
-        {
-            commit(fd.as_fd(), offset, first).map_err(|source| RegionError::System {
+        // The stream lies between the two and gets its pages with the first pipeline: see `commit_stream`.
+        for (offset, part) in [(0, geometry.stream_offset()), (geometry.arena_offset(), SCRATCH_BYTES)] {
+            commit(fd.as_fd(), offset, part).map_err(|source| RegionError::System {
                 call: "fallocate",
                 bytes,
                 source,
@@ -350,7 +360,12 @@ impl Region {
         let bell = Hot(NonNull::from(unsafe { mapping.atomics::<Doorbell>(DOORBELL_OFFSET) }));
         // SAFETY: Progress consists of atomics only.
         let progress = Hot(NonNull::from(unsafe { mapping.atomics::<Progress>(PROGRESS_OFFSET) }));
-        Self { mapping, arena_offset: geometry.arena_offset(), geometry, direct, bell, progress }
+        // SAFETY: Stream consists of atomics only.
+        let stream = Hot(NonNull::from(unsafe { mapping.atomics::<Stream>(geometry.stream_offset()) }));
+        // SAFETY: Sleepers consists of atomics only.
+        let sleepers = Hot(NonNull::from(unsafe { mapping.atomics::<Sleepers>(SLEEPERS_OFFSET) }));
+        let arena_offset = geometry.arena_offset();
+        Self { mapping, arena_offset, geometry, direct, bell, progress, stream, sleepers }
     }
 
     fn header(&self) -> &SessionHeader {
@@ -393,6 +408,20 @@ impl Region {
     pub fn progress(&self) -> &Progress {
         // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
         unsafe { self.progress.0.as_ref() }
+    }
+
+    /// The stream. The host looks at it only after [`commit_stream`], the worker only when the host has switched it on.
+    #[inline(always)]
+    pub fn stream(&self) -> &Stream {
+        // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
+        unsafe { self.stream.0.as_ref() }
+    }
+
+    /// Who sleeps while the stream is in use.
+    #[inline(always)]
+    pub fn sleepers(&self) -> &Sleepers {
+        // SAFETY: made in `new` from this region's mapping, which lives as long as `self`; consists of atomics only.
+        unsafe { self.sleepers.0.as_ref() }
     }
 
     /// Where the arena lies in this process, as a number.

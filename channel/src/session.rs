@@ -14,6 +14,8 @@
 //! | [`READ_STRING`] | target address (arena), source address, capacity | status, length |
 //! | [`CLOSE`] | | `OK`, and the session's thread ends |
 //! | [`MEMORY`] | | status, bytes in use, most bytes that were, allocations refused |
+//! | [`STREAM`] | position of the next request, the host's barrier | `OK`, the barrier for both |
+//! | [`STREAM_END`] (in the stream only) | | |
 
 use crate::signature::Signature;
 use serde::{Deserialize, Serialize};
@@ -36,8 +38,12 @@ pub const READ_STRING: u32 = 6;
 pub const CLOSE: u32 = 7;
 /// Tells what a session with a memory limit has allocated; without one, [`BAD_REQUEST`].
 pub const MEMORY: u32 = 8;
+/// Switches the stream on: see [`crate::stream`].
+pub const STREAM: u32 = 9;
+/// The stream's last record: switches it off.
+pub const STREAM_END: u32 = 10;
 /// The highest of the session's own functions.
-pub const FIXED_MAX: u32 = MEMORY;
+pub const FIXED_MAX: u32 = STREAM_END;
 
 /// Status: done.
 pub const OK: u64 = 0;

@@ -309,6 +309,7 @@ pub struct Progress {
     reserved: AtomicU32,
     spun: AtomicU64,
     parked: AtomicU64,
+    stream_taken: AtomicU64,
 }
 
 impl Default for Progress {
@@ -320,6 +321,7 @@ impl Default for Progress {
             reserved: AtomicU32::new(0),
             spun: AtomicU64::new(0),
             parked: AtomicU64::new(0),
+            stream_taken: AtomicU64::new(0),
         }
     }
 }
@@ -335,6 +337,17 @@ impl Progress {
     #[inline(always)]
     pub fn take_ring(&self, count: u64) {
         self.ring_taken.store(count, Relaxed);
+    }
+
+    /// Worker: notes that it takes the stream's `count`-th request.
+    #[inline(always)]
+    pub fn take_stream(&self, count: u64) {
+        self.stream_taken.store(count, Relaxed);
+    }
+
+    /// Host: how many requests of the stream the worker says it took. As [`Progress::taken`].
+    pub fn stream_taken(&self) -> u64 {
+        self.stream_taken.load(Relaxed)
     }
 
     /// Host: how many requests the worker says it took, direct and ring. Untrusted; exact once the worker is dead, because the
@@ -378,6 +391,7 @@ const _: () = {
     assert!(std::mem::offset_of!(Progress, ring_taken) == 8);
     assert!(std::mem::offset_of!(Progress, worker_cpu) == 16);
     assert!(std::mem::offset_of!(Progress, spun) == 24 && std::mem::offset_of!(Progress, parked) == 32);
+    assert!(std::mem::offset_of!(Progress, stream_taken) == 40);
 };
 
 #[cfg(all(test, not(loom)))]
@@ -385,7 +399,7 @@ mod wire {
     use super::*;
     crate::wire_format::shared!(Slot: state, function, words);
     crate::wire_format::shared!(Doorbell: count, host_cpu);
-    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, spun, parked);
+    crate::wire_format::shared!(Progress: direct_taken, ring_taken, worker_cpu, reserved, spun, parked, stream_taken);
 }
 
 #[cfg(all(test, not(loom)))]

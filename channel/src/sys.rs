@@ -255,6 +255,50 @@ pub fn process_barrier() -> bool {
     *REGISTERED.get_or_init(|| call(REGISTER_PRIVATE_EXPEDITED)) && call(PRIVATE_EXPEDITED)
 }
 
+/// `membarrier(REGISTER_GLOBAL_EXPEDITED)`: from now on [`global_barrier`] of any process reaches the threads of this one. False if the kernel (before
+/// Linux 4.16) or a filter does not let us.
+///
+/// Cheap in a process with one thread; otherwise the kernel waits until every CPU has passed through it once, some milliseconds.
+pub fn register_global_barrier() -> bool {
+    const REGISTER_GLOBAL_EXPEDITED: libc::c_int = 1 << 2;
+    static REGISTERED: OnceLock<bool> = OnceLock::new();
+    // SAFETY: the call takes numbers only and changes no memory.
+    *REGISTERED
+        .get_or_init(|| unsafe { libc::syscall(libc::SYS_membarrier, REGISTER_GLOBAL_EXPEDITED, 0, 0) == 0 })
+}
+
+/// `membarrier(GLOBAL_EXPEDITED)`: every running thread of every registered process passes a full memory barrier before this returns; one that does not run
+/// has passed one when it was put aside. So does the caller. False if the kernel (before Linux 4.16) or a filter does not let us.
+pub fn global_barrier() -> bool {
+    const GLOBAL_EXPEDITED: libc::c_int = 1 << 1;
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL_EXPEDITED, 0, 0) == 0 }
+}
+
+/// Asks the processor for the line of `what`, to write to it soon (`prefetchw`). A hint: it changes nothing, and does nothing on other machines.
+#[inline(always)]
+pub fn prefetch_for_write<T>(what: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch accesses no memory; the instruction exists on every x86-64 processor (as a hint without effect on the oldest).
+    unsafe {
+        core::arch::asm!("prefetchw [{}]", in(reg) std::ptr::from_ref(what), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = what;
+}
+
+/// Asks the processor for the line of `what`, to read it soon (`prefetcht0`). As [`prefetch_for_write`].
+#[inline(always)]
+pub fn prefetch_for_read<T>(what: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch accesses no memory.
+    unsafe {
+        core::arch::asm!("prefetcht0 [{}]", in(reg) std::ptr::from_ref(what), options(nostack, preserves_flags, readonly));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = what;
+}
+
 /// `prctl(PR_SET_PDEATHSIG)`: the calling process gets `signal` when the thread that started it ends.
 ///
 /// # Errors

@@ -43,7 +43,7 @@ const SAME_CPU: u32 = u32::MAX;
 /// Looks between two looks at the clock. The model check explores every order of them, so there it makes do with one.
 const LOOKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A worker that expects its next request in one slot looks at the other once in so many looks.
-const OTHER_EVERY: u32 = 8;
+pub(crate) const OTHER_EVERY: u32 = 8;
 
 /// How a side waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -97,7 +97,7 @@ impl Spin {
     }
 
     #[inline(always)]
-    fn looks(&self) -> u32 {
+    pub(crate) fn looks(&self) -> u32 {
         self.looks.load(Relaxed)
     }
 
@@ -119,7 +119,7 @@ impl Spin {
     /// Spins until `ready` or the time is used up. `keep_on` is asked from time to time under [`Policy::Spin`], which has no such time.
     #[cold]
     #[inline(never)]
-    fn spin_on(&self, ready: impl Fn() -> bool, mut keep_on: impl FnMut() -> bool) {
+    pub(crate) fn spin_on(&self, ready: impl Fn() -> bool, mut keep_on: impl FnMut() -> bool) {
         let budget = self.budget();
         let start = Instant::now();
         loop {
@@ -144,7 +144,7 @@ impl Spin {
     }
 
     /// Learns from a spin that missed, at the `calls`-th call of this side.
-    fn missed(&self, calls: u64, same_cpu: bool) {
+    pub(crate) fn missed(&self, calls: u64, same_cpu: bool) {
         let since = calls.wrapping_sub(self.calls_at_miss.swap(calls, Relaxed));
         let next = match self.misses.load(Relaxed) {
             _ if same_cpu => SAME_CPU,
@@ -160,14 +160,14 @@ impl Spin {
 }
 
 #[inline(always)]
-fn pause() {
+pub(crate) fn pause() {
     #[cfg(loom)]
     loom::thread::yield_now();
     #[cfg(not(loom))]
     std::hint::spin_loop();
 }
 
-fn cpu() -> u32 {
+pub(crate) fn cpu() -> u32 {
     #[cfg(loom)]
     return 0;
     #[cfg(not(loom))]
@@ -296,7 +296,7 @@ pub fn publish_then(slot: &Slot, bell: &Doorbell, note: impl FnOnce()) {
 
 #[cold]
 #[inline(never)]
-fn wake_worker(bell: &Doorbell) {
+pub(crate) fn wake_worker(bell: &Doorbell) {
     bell.set_host_cpu(cpu());
     bell.ring();
     futex_wake(bell.futex(), 1);

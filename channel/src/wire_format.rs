@@ -3,7 +3,7 @@
 use crate::session::{Answer, FailureKind, Request};
 use crate::signature::{ARGS_MAX, Signature, Type};
 use crate::wait::Policy;
-use crate::{control, crash, layout, placement, region, session, slot};
+use crate::{control, crash, layout, placement, region, session, slot, stream};
 use control::{Hello, Scarce, SessionLimits, ToHost, ToWorker, WorkerLimits};
 use placement::{Failure, Placed, Wanted, Wish};
 use serde::{Deserialize, Serialize};
@@ -98,6 +98,9 @@ fn structs_in_shared_memory_lie_as_documented() {
     compare_struct::<slot::Slot>("Slot");
     compare_struct::<slot::Doorbell>("Doorbell");
     compare_struct::<slot::Progress>("Progress");
+    compare_struct::<stream::Sleepers>("Sleepers");
+    compare_struct::<stream::Record>("Record");
+    compare_struct::<stream::Stream>("Stream");
     compare_struct::<region::SessionHeader>("SessionHeader");
     compare_struct::<crash::CrashPage>("CrashPage");
     compare_struct::<crash::FrameCell>("FrameCell");
@@ -112,12 +115,13 @@ fn constants_are_as_documented() {
         };
     }
     let mut expected = constants! {
-        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET DIRECT_OFFSET RING_OFFSET
+        layout: MAGIC PROTOCOL_VERSION PAGE_BYTES HUGE_PAGE_BYTES PROGRESS_OFFSET DOORBELL_OFFSET SLEEPERS_OFFSET DIRECT_OFFSET RING_OFFSET
             SCRATCH_BYTES PAYLOAD_ALIGN ARENA_BYTES_MAX FUNCTIONS_BASE;
+        stream: RECORDS RECORD_WORDS AWAKE ASLEEP;
         slot: WORDS_MAX SLOTS_MAX FUNCTION_BITS FUNCTIONS_MAX IDLE REQUEST REPLY UPCALL CLOSED REFUSED PARKED;
         control: FRAME_BYTES_MAX;
         session: DIRECTORY_BYTES_MAX STRING_LONGER STRING_LOST STRING_NULL STRING_WORDS NOP DIRECTORY READ WRITE ALLOCATE FREE READ_STRING
-            CLOSE MEMORY OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
+            CLOSE MEMORY STREAM STREAM_END OK FAULT TOO_LONG UNKNOWN_BLOCK NO_MEMORY BAD_REQUEST;
         crash: CRASH_PAGE_BYTES FRAMES_MAX REFUSALS_MAX;
     };
     expected.push(("ARGS_MAX", ARGS_MAX as u64));
@@ -131,7 +135,7 @@ fn constants_are_as_documented() {
     for row in &documented {
         assert!(expected.iter().any(|(name, _)| *name == row[0]), "{} is in no code", row[0]);
     }
-    assert_eq!(session::FIXED_MAX, session::MEMORY);
+    assert_eq!(session::FIXED_MAX, session::STREAM_END);
     assert_eq!(
         document().lines().next(),
         Some(&*format!("# Wire format, version {}", layout::PROTOCOL_VERSION))
@@ -151,10 +155,12 @@ fn the_parts_of_a_region_lie_as_documented() {
     assert_eq!(part("SessionHeader"), (0, "128".into()));
     assert_eq!(part("Progress"), (layout::PROGRESS_OFFSET, "128".into()));
     assert_eq!(part("Doorbell"), (layout::DOORBELL_OFFSET, "128".into()));
+    assert_eq!(part("Sleepers"), (layout::SLEEPERS_OFFSET, "128".into()));
     assert_eq!(part("the direct"), (layout::DIRECT_OFFSET, "128".into()));
     assert_eq!(part("the ring"), (layout::RING_OFFSET, "128 × slots".into()));
     let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES, huge_pages: false };
-    assert_eq!(geometry.arena_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
+    assert_eq!(geometry.stream_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
+    assert_eq!(geometry.arena_offset(), geometry.stream_offset() + 32768);
 }
 
 #[test]

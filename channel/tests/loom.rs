@@ -5,9 +5,14 @@
 //!
 //! What is checked, in every interleaving and with every value that the memory model lets a load return: no wake-up is lost (loom reports a deadlock),
 //! whoever sees the turn sees the words, each call gets its own answer, and a death ends every wait but hides no reply.
+//!
+//! The stream's publisher has no fence of its own, since the sleeper's `membarrier` makes it one. Loom knows no such barrier, so under `--cfg loom` a sequentially consistent fence
+//! stands in its place, on the publisher's side (`Barrier::after_publish`) as on the sleeper's (`Barrier::before_sleep`). That the model sees what is at stake was checked by hand: with either of the two
+//! fences taken out, `both_sides_of_the_stream_park` and `a_pipeline_and_a_caller_wake_one_worker` end in a deadlock, the lost wake-up.
 #![cfg(loom)]
 
 use hotcell_channel::slot::{Doorbell, Progress, Slot};
+use hotcell_channel::stream::{self, Barrier, Lane, Lanes, Sleepers, Stream};
 use hotcell_channel::wait::{self, Policy, Spin, Waited, Which};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -162,5 +167,127 @@ fn a_death_hides_no_reply() {
         assert_eq!(waited, Waited::Replied);
         assert_eq!(shared.direct.word(0), 11);
         worker.join().unwrap();
+    });
+}
+
+/// The stream under loom: two rings of two records, one call in flight.
+#[derive(Default)]
+struct Streaming {
+    shared: Shared,
+    stream: Stream,
+    sleepers: Sleepers,
+}
+
+/// The worker's loop for `count` requests out of any lane.
+fn serve_stream(all: &Streaming, policy: Policy, count: u32) {
+    let (spin, shared) = (Spin::new(policy), &all.shared);
+    let (mut last, mut position) = (Lane::Direct, 0);
+    for served in 0..count {
+        let lanes = Lanes {
+            direct: &shared.direct,
+            ring: &shared.ring,
+            stream: &all.stream,
+            position,
+            sleepers: &all.sleepers,
+            barrier: Barrier::Membarrier,
+        };
+        let (lane, unsure) =
+            stream::wait_request(lanes, last, &spin, &shared.bell, &shared.progress, served.into());
+        assert!(!unsure);
+        last = lane;
+        let slot = match lane {
+            Lane::Stream => {
+                assert_eq!(all.stream.requested(position), Some(7));
+                let word = all.stream.request(position).word(0);
+                all.stream.reply(position).set_word(0, word + 1);
+                all.stream.answer(position);
+                all.sleepers.wake_host(Barrier::Membarrier);
+                position += 1;
+                continue;
+            }
+            Lane::Direct => &shared.direct,
+            Lane::Ring => &shared.ring,
+        };
+        slot.set_word(0, slot.word(0) + 1);
+        wait::reply(slot);
+    }
+}
+
+fn send(all: &Streaming, position: u64, word: u64) {
+    all.stream.request(position).set_word(0, word);
+    all.stream.publish(position, 7);
+    all.sleepers.wake_worker(Barrier::Membarrier, &all.shared.bell);
+}
+
+fn receive(all: &Streaming, policy: Policy, position: u64, alive: impl Fn() -> bool) -> Waited {
+    let (spin, shared) = (Spin::new(policy), &all.shared);
+    stream::wait_reply(
+        &all.stream,
+        &all.sleepers,
+        position,
+        1,
+        Barrier::Membarrier,
+        &spin,
+        &shared.bell,
+        &shared.progress,
+        Duration::MAX,
+        alive,
+    )
+}
+
+/// Two calls, one after the other.
+fn two_calls_in_a_row(host: Policy, worker: Policy) {
+    check(Some(3), move || {
+        let all = Arc::new(Streaming::default());
+        let served = Arc::clone(&all);
+        let thread = thread::spawn(move || serve_stream(&served, worker, 2));
+        for position in 0..2 {
+            send(&all, position, 10 * position);
+            assert_eq!(receive(&all, host, position, || true), Waited::Replied);
+            assert_eq!(all.stream.reply(position).word(0), 10 * position + 1);
+        }
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn both_sides_of_the_stream_park() {
+    two_calls_in_a_row(Policy::Park, Policy::Park);
+}
+
+#[test]
+fn both_sides_of_the_stream_look_before_they_park() {
+    two_calls_in_a_row(Policy::Adaptive, Policy::Adaptive);
+}
+
+/// A pipeline and a blocking call at once: the worker sleeps for both on one bell.
+#[test]
+fn a_pipeline_and_a_caller_wake_one_worker() {
+    check(Some(2), || {
+        let all = Arc::new(Streaming::default());
+        let (served, other) = (Arc::clone(&all), Arc::clone(&all));
+        let worker = thread::spawn(move || serve_stream(&served, Policy::Park, 2));
+        let caller = thread::spawn(move || call(&other.shared, &other.shared.direct, Policy::Park, 30));
+        send(&all, 0, 10);
+        assert_eq!(receive(&all, Policy::Park, 0, || true), Waited::Replied);
+        caller.join().unwrap();
+        worker.join().unwrap();
+    });
+}
+
+/// As `a_death_ends_the_wait`, for the stream.
+#[test]
+fn a_death_ends_the_wait_for_the_stream() {
+    check(None, || {
+        let all = Arc::new(Streaming::default());
+        let alive = Arc::new(AtomicBool::new(true));
+        let (seen, fact) = (Arc::clone(&all), Arc::clone(&alive));
+        let monitor = thread::spawn(move || {
+            fact.store(false, SeqCst);
+            seen.sleepers.end_wait();
+        });
+        send(&all, 0, 10);
+        assert_eq!(receive(&all, Policy::Park, 0, || alive.load(SeqCst)), Waited::Dead);
+        monitor.join().unwrap();
     });
 }

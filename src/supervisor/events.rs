@@ -1,6 +1,6 @@
 //! What a supervisor tells whoever listens.
 
-use crate::crash::CrashReport;
+use crate::crash::{Cause, CrashReport};
 use crate::error::StartError;
 use crate::events::Telling;
 use std::fmt;
@@ -25,8 +25,31 @@ pub enum SupervisorEvent {
     SessionClosed,
     /// A request for a session was refused.
     SessionRefused,
+    /// A module was put into quarantine.
+    Quarantined,
+    /// A load of a module in quarantine was refused.
+    LoadRefused,
+    /// A module was released from quarantine.
+    Released,
     /// The supervisor was disposed.
     Disposed,
+}
+
+impl SupervisorEvent {
+    /// All of them.
+    pub const ALL: [SupervisorEvent; 11] = [
+        SupervisorEvent::WorkerStarted,
+        SupervisorEvent::WorkerEnded,
+        SupervisorEvent::StartFailed,
+        SupervisorEvent::CircuitOpened,
+        SupervisorEvent::SessionOpened,
+        SupervisorEvent::SessionClosed,
+        SupervisorEvent::SessionRefused,
+        SupervisorEvent::Quarantined,
+        SupervisorEvent::LoadRefused,
+        SupervisorEvent::Released,
+        SupervisorEvent::Disposed,
+    ];
 }
 
 /// What happened. `Display` says it in words.
@@ -86,6 +109,23 @@ pub enum SupervisorEventData {
         /// Why, in words; the error itself went to whoever asked.
         reason: String,
     },
+    /// A module was put into quarantine: its loads are refused.
+    Quarantined {
+        /// The module.
+        module: Arc<str>,
+        /// The last crash.
+        report: CrashReport,
+    },
+    /// A load of a module in quarantine was refused.
+    LoadRefused {
+        /// The module.
+        module: Arc<str>,
+    },
+    /// A module was released from quarantine.
+    Released {
+        /// The module.
+        module: Arc<str>,
+    },
     /// The supervisor was disposed.
     Disposed,
 }
@@ -118,8 +158,16 @@ impl SupervisorEventData {
             SupervisorEventData::SessionOpened { .. } => SupervisorEvent::SessionOpened,
             SupervisorEventData::SessionClosed { .. } => SupervisorEvent::SessionClosed,
             SupervisorEventData::SessionRefused { .. } => SupervisorEvent::SessionRefused,
+            SupervisorEventData::Quarantined { .. } => SupervisorEvent::Quarantined,
+            SupervisorEventData::LoadRefused { .. } => SupervisorEvent::LoadRefused,
+            SupervisorEventData::Released { .. } => SupervisorEvent::Released,
             SupervisorEventData::Disposed => SupervisorEvent::Disposed,
         }
+    }
+
+    /// Whether it is the end of a worker that the host disposed of.
+    fn is_wished_for(&self) -> bool {
+        matches!(self, SupervisorEventData::WorkerEnded { report, .. } if *report.cause() == Cause::Disposed)
     }
 
     /// The tenant that it is about.
@@ -132,8 +180,26 @@ impl SupervisorEventData {
             | SupervisorEventData::SessionOpened { tenant, .. }
             | SupervisorEventData::SessionClosed { tenant, .. }
             | SupervisorEventData::SessionRefused { tenant, .. } => tenant.as_deref(),
-            SupervisorEventData::Disposed => None,
+            SupervisorEventData::Quarantined { .. }
+            | SupervisorEventData::LoadRefused { .. }
+            | SupervisorEventData::Released { .. }
+            | SupervisorEventData::Disposed => None,
         }
+    }
+}
+
+/// Tells the host's `tracing` subscriber. On the thread of the events: a subscriber may do anything.
+pub(crate) fn trace(data: &SupervisorEventData) {
+    let (event, tenant) = (data.event(), data.tenant());
+    match event {
+        SupervisorEvent::SessionOpened | SupervisorEvent::SessionClosed => {
+            tracing::debug!(?event, tenant, "{data}");
+        }
+        SupervisorEvent::WorkerEnded if data.is_wished_for() => tracing::info!(?event, tenant, "{data}"),
+        SupervisorEvent::WorkerStarted | SupervisorEvent::Released | SupervisorEvent::Disposed => {
+            tracing::info!(?event, tenant, "{data}");
+        }
+        _ => tracing::warn!(?event, tenant, "{data}"),
     }
 }
 
@@ -147,7 +213,7 @@ impl fmt::Display for SupervisorEventData {
             SupervisorEventData::WorkerStarted { pid, restarts, .. } => {
                 write!(f, "worker {pid} started, restart {restarts}")
             }
-            SupervisorEventData::WorkerEnded { report, .. } => report.fmt(f),
+            SupervisorEventData::WorkerEnded { report, .. } => f.write_str(&report.headline()),
             SupervisorEventData::StartFailed { error, .. } => write!(f, "no worker was started: {error}"),
             SupervisorEventData::CircuitOpened { open_for, last, .. } => {
                 write!(f, "no worker is started for {open_for:?}: {last}")
@@ -155,6 +221,15 @@ impl fmt::Display for SupervisorEventData {
             SupervisorEventData::SessionOpened { pid, .. } => write!(f, "session opened on worker {pid}"),
             SupervisorEventData::SessionClosed { pid, .. } => write!(f, "session closed on worker {pid}"),
             SupervisorEventData::SessionRefused { reason, .. } => write!(f, "session refused: {reason}"),
+            SupervisorEventData::Quarantined { module, report } => {
+                write!(f, "module {module} is in quarantine: {}", report.headline())
+            }
+            SupervisorEventData::LoadRefused { module } => {
+                write!(f, "module {module} was not loaded: it is in quarantine")
+            }
+            SupervisorEventData::Released { module } => {
+                write!(f, "module {module} is released from quarantine")
+            }
             SupervisorEventData::Disposed => f.write_str("the supervisor was disposed"),
         }
     }

@@ -55,6 +55,9 @@ impl Retry {
         let elsewhere = matches!(
             error,
             CallError::Crashed(_)
+                | CallError::CpuTimeExceeded(_)
+                | CallError::MemoryExceeded(_)
+                | CallError::FileSizeExceeded(_)
                 | CallError::Disposed(_)
                 | CallError::TimedOut { .. }
                 | CallError::Abandoned { .. }

@@ -1,5 +1,6 @@
 //! What a supervisor's state is at one moment, as plain data.
 
+use crate::session::SessionInner;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,6 +34,8 @@ pub struct SupervisorSnapshot {
     pub restarts: u64,
     /// Ends of workers, by cause: `SIGSEGV`, `exit`, `deadline`, …
     pub ends: BTreeMap<String, u64>,
+    /// Modules in quarantine.
+    pub quarantined: Vec<String>,
     /// How long the supervisor exists.
     pub uptime: Duration,
 }
@@ -71,6 +74,62 @@ pub struct SessionSnapshot {
     pub calls_done: u64,
     /// Calls that are in flight now.
     pub calls_in_flight: u64,
+    /// Waits of callers that ended while they spun on: see [`Counters`](crate::Counters).
+    pub spun: u64,
+    /// Waits of callers in which they slept.
+    pub parked: u64,
+    /// Waits of the worker that ended while it spun on. Untrusted.
+    pub worker_spun: u64,
+    /// Waits of the worker in which it slept. Untrusted.
+    pub worker_parked: u64,
+    /// How long its calls take, if [`SessionBuilder::latencies`](crate::SessionBuilder::latencies) is on.
+    pub latencies: Option<LatencySnapshot>,
+}
+
+/// How long a session's calls took: see [`Latencies`](crate::Latencies).
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct LatencySnapshot {
+    /// How many calls were measured.
+    pub count: u64,
+    /// Their mean.
+    pub mean: Duration,
+    /// Half of them took at most this.
+    pub p50: Duration,
+    /// 99 of 100 took at most this.
+    pub p99: Duration,
+    /// 999 of 1000 took at most this.
+    pub p999: Duration,
+    /// The longest.
+    pub max: Duration,
+}
+
+impl SessionSnapshot {
+    pub(super) fn of(session: &SessionInner, tenant: Option<Arc<str>>) -> Self {
+        let (calls_done, calls_in_flight) = session.calls();
+        let waits = session.counters();
+        let latencies = session.latencies().map(|recorder| {
+            let latencies = recorder.read();
+            LatencySnapshot {
+                count: latencies.count(),
+                mean: latencies.mean(),
+                p50: latencies.percentile(50.0),
+                p99: latencies.percentile(99.0),
+                p999: latencies.percentile(99.9),
+                max: latencies.max(),
+            }
+        });
+        Self {
+            tenant,
+            calls_done,
+            calls_in_flight,
+            spun: waits.spun,
+            parked: waits.parked,
+            worker_spun: waits.worker_spun,
+            worker_parked: waits.worker_parked,
+            latencies,
+        }
+    }
 }
 
 /// A process's resident memory, from `/proc/<pid>/status`, and the processor time of all its threads, ended ones too, from its CPU clock (`clock_getcpuclockid`).

@@ -125,8 +125,11 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn of(pid: u32) -> Process {
-        let (_, _, start) = stat(pid).unwrap_or_else(|| panic!("there is no process {pid}"));
-        Process { pid, start }
+        Process::find(pid).unwrap_or_else(|| panic!("there is no process {pid}"))
+    }
+
+    pub(crate) fn find(pid: u32) -> Option<Process> {
+        stat(pid).map(|(_, _, start)| Process { pid, start })
     }
 
     /// Whether it still runs: it is there, and no zombie.

@@ -8,7 +8,7 @@
 //!   stack, and nowhere else; the one exception is the saved context of the signal, which is its own to change;
 //! - it reads foreign memory (stacks, the linker's tables) only through [`Memory`], which asks the kernel first;
 //! - it makes only syscalls that native code itself needs for `abort` or `malloc`: `rt_sigprocmask`, `rt_sigaction`, `rt_sigreturn`, `getpid`,
-//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`, `mmap`, `munmap`; a refused one costs detail, not the report;
+//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`, `mmap`, `munmap`, `prlimit64`, `prctl`; a refused one costs detail, not the report;
 //! - it takes no lock, allocates nothing, formats nothing, never panics, and each loop has a bound.
 //!
 //! The one piece that is not ours is `_Unwind_Backtrace`. With a C library that has `_dl_find_object` (glibc 2.35) it is
@@ -1071,6 +1071,7 @@ fn die(signal: c_int, context: Option<Context>) {
     // SAFETY: the action is valid; the old one is not asked for.
     unsafe { libc::sigaction(signal, &raw const action, ptr::null_mut()) };
     set_blocked(signal, context.is_some());
+    forbid_core_dump();
     // SAFETY: has no preconditions.
     let process = unsafe { libc::getpid() };
     // SAFETY: a signal to the calling thread itself.
@@ -1088,6 +1089,18 @@ fn die(signal: c_int, context: Option<Context>) {
     // The kernel refused to kill: an exit status that at least looks like the signal's in a shell.
     // SAFETY: ends the process; nothing runs afterwards.
     unsafe { libc::_exit(128 + signal) }
+}
+
+/// Keeps the kernel from beginning a core dump that the limit forbids. It would stop the other threads one by one before it looked at the limit, and where
+/// `kernel.core_pattern` names a program it would not look at it at all, but hand the whole worker to that program while callers wait.
+fn forbid_core_dump() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a live rlimit that the call fills.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_CORE, &raw mut limit) } == 0;
+    if known && limit.rlim_cur == 0 {
+        // SAFETY: takes numbers only; the process is about to end.
+        unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) };
+    }
 }
 
 fn set_blocked(signal: c_int, blocked: bool) {

@@ -108,13 +108,19 @@ impl Callable {
     #[inline(always)]
     pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
         if let Some(function) = self.quick {
-            slot.set_word(0, call_integers(function, slot));
+            slot.set_word(0, call_integers(function, |at| slot.word(at)));
         } else if self.plain {
             let result = self.call(slot);
             slot.set_word(0, result);
         } else {
             self.invoke_with_extras(slot, blocks);
         }
+    }
+
+    /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
+    #[inline(always)]
+    pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
+        self.quick.map(|function| call_integers(function, word))
     }
 
     fn invoke_with_extras(&self, slot: &Slot, blocks: &mut Blocks) {
@@ -140,7 +146,7 @@ impl Callable {
     #[inline(always)]
     fn call(&self, slot: &Slot) -> u64 {
         match &self.shape {
-            Shape::Integers(function) => call_integers(*function, slot),
+            Shape::Integers(function) => call_integers(*function, |at| slot.word(at)),
             Shape::Mixed(function, first) => call_mixed(*function, *first, slot),
             Shape::MixedFloat(function, first) => call_mixed(*function, *first, slot).to_bits(),
             Shape::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
@@ -149,8 +155,7 @@ impl Callable {
 }
 
 #[inline(always)]
-fn call_integers(function: Integers, slot: &Slot) -> u64 {
-    let i = |at: usize| slot.word(at);
+fn call_integers(function: Integers, i: impl Fn(usize) -> u64) -> u64 {
     // SAFETY: the module's law. The shape passes six integer registers, of which the function reads as many as it has
     // integer arguments; it has no others (checked in `Callable::new`).
     unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5)) }

@@ -20,6 +20,7 @@ mod linker;
 mod memory;
 mod meter;
 mod serve;
+mod stream;
 
 pub use control::{EXIT_HOST_GONE, EXIT_LIMITS, EXIT_NO_SOCKET, EXIT_PROTOCOL};
 use hotcell_channel::control::WORKER_MARKER;

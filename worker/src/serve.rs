@@ -5,10 +5,12 @@ use crate::dispatch::Callable;
 use crate::library::Libraries;
 use crate::memory::Blocks;
 use crate::meter::{self, Meter};
+use crate::stream::StreamLane;
 use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
 use hotcell_channel::session::{self, Answer, FailureKind, Request};
 use hotcell_channel::slot::{FUNCTIONS_MAX, Slot};
+use hotcell_channel::stream::{BATCH, Lane};
 use hotcell_channel::wait::{self, Policy, Spin, Which};
 use hotcell_channel::{control, sys};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -19,6 +21,7 @@ struct Session<'r> {
     functions: Vec<Callable>,
     blocks: Blocks,
     meter: Option<Meter>,
+    stream: StreamLane<'r>,
 }
 
 /// Serves a session on the calling thread until the host closes it. `listening` is called once, when requests can come. A session without a memory limit has a
@@ -59,6 +62,7 @@ fn serve_as<const METERED: bool>(
         functions: Vec::new(),
         blocks: Blocks::default(),
         meter,
+        stream: StreamLane::new(region),
     };
     let (direct, bell, progress) = (region.direct(), region.bell(), region.progress());
     let slots = region.geometry().slots;
@@ -68,7 +72,18 @@ fn serve_as<const METERED: bool>(
     let mut last = Which::Direct;
     listening();
     loop {
-        let which = wait::wait_request(direct, ring, last, &spin, bell, progress, direct_count + ring_count);
+        let which = if session.stream.is_on() {
+            match session.stream.wait(ring, &spin, direct_count + ring_count) {
+                Lane::Direct => Which::Direct,
+                Lane::Ring => Which::Ring,
+                Lane::Stream => {
+                    session.serve_stream(BATCH, &running);
+                    continue;
+                }
+            }
+        } else {
+            wait::wait_request(direct, ring, last, &spin, bell, progress, direct_count + ring_count)
+        };
         last = which;
         let slot = match which {
             Which::Direct => {
@@ -89,6 +104,8 @@ fn serve_as<const METERED: bool>(
         if let Some(callable) = callable {
             callable.invoke(slot, &mut session.blocks);
         } else if function == session::CLOSE {
+            // Calls that were sent before it run before it, whether somebody waits for them or not.
+            session.serve_stream(u32::MAX, &running);
             break close(session, slot, bomb);
         } else {
             session.fixed(function, slot);
@@ -114,6 +131,11 @@ fn close(session: Session<'_>, slot: &Slot, bomb: AbortOnPanic) {
 }
 
 impl Session<'_> {
+    /// Serves at most `most` calls of the stream that are there.
+    fn serve_stream(&mut self, most: u32, running: &AtomicU32) {
+        self.stream.serve(most, &self.functions, &mut self.blocks, running);
+    }
+
     /// How many allocations the memory limit has refused so far.
     fn refusals(&self) -> u64 {
         self.meter.as_ref().map_or(0, Meter::refusals)
@@ -163,6 +185,10 @@ impl Session<'_> {
                 let (status, length) = self.blocks.copy_string(word(0), word(1), word(2));
                 slot.set_word(1, length);
                 status
+            }
+            session::STREAM => {
+                slot.set_word(1, self.stream.switch_on(word(0), word(1)));
+                session::OK
             }
             session::MEMORY => self.memory(slot),
             _ => session::BAD_REQUEST,

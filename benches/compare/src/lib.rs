@@ -12,6 +12,7 @@ pub mod peers;
 pub mod process;
 pub mod report;
 pub mod roster;
+pub mod stream;
 pub mod verdict;
 pub mod watchdog;
 
@@ -32,6 +33,7 @@ fn serve(role: &str, caller: process::Caller) -> Result<()> {
         floor::TWO_LINES => floor::serve_two_lines(caller),
         floor::FUTEX => floor::serve_futex(caller),
         floor::COPY => floor::serve_copy(caller),
+        stream::STREAM => stream::serve(caller),
         peers::bytes::ROLE => peers::bytes::serve(caller),
         peers::bytes::POLLING_ROLE => peers::bytes::serve_polling(caller),
         peers::bytes::LARGE_ROLE => peers::bytes::serve_large(caller),

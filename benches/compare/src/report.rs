@@ -23,6 +23,9 @@ pub enum Distance {
     Unknown,
 }
 
+/// Fewer rounds tell little.
+const FEW_ROUNDS: usize = 5;
+
 /// Near cores answer faster than this.
 pub const NEAR_NANOSECONDS: f64 = 150.0;
 
@@ -174,10 +177,11 @@ impl Report {
     /// A table for each distance that occurred.
     pub fn print(&self) {
         println!("## {}\n", self.title);
-        let changing = self.at(Distance::Changing).rounds;
-        if changing > 0 && changing < self.rounds.len() {
+        let counted: usize = self.views().iter().map(|view| view.rounds).sum();
+        let left_out = self.rounds.len() - counted;
+        if left_out > 0 {
             println!(
-                "In {changing} of {} rounds the distance changed; they are left out.\n",
+                "{left_out} of {} rounds are left out: the distance changed within them, or had fewer than {FEW_ROUNDS} of them.\n",
                 self.rounds.len()
             );
         }
@@ -187,12 +191,15 @@ impl Report {
         }
     }
 
-    /// What counts: the rounds near, the rounds far; if there were neither, what there was.
+    /// What counts: the rounds near, the rounds far, of each a few at least if there are so many of the other; if there were neither, what there was.
     pub fn views(&self) -> Vec<View<'_>> {
         let at = |distances: &[Distance]| -> Vec<View> {
             distances.iter().map(|&distance| self.at(distance)).filter(|view| view.rounds > 0).collect()
         };
-        let settled = at(&[Distance::Near, Distance::Far, Distance::Unknown]);
+        let mut settled = at(&[Distance::Near, Distance::Far, Distance::Unknown]);
+        if settled.iter().any(|view| view.rounds >= FEW_ROUNDS) {
+            settled.retain(|view| view.rounds >= FEW_ROUNDS);
+        }
         if settled.is_empty() { at(&[Distance::Changing]) } else { settled }
     }
 

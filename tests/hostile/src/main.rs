@@ -10,6 +10,7 @@ mod peer;
 mod process;
 mod random;
 mod session;
+mod stream;
 
 use peer::Peer;
 

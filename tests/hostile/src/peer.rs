@@ -135,7 +135,7 @@ impl Session {
         }
     }
 
-    fn look(&mut self) -> Option<Seen> {
+    pub(crate) fn look(&mut self) -> Option<Seen> {
         let direct = self.region.direct();
         if direct.has_request() {
             self.taken.0 += 1;

@@ -4,7 +4,7 @@ use crate::control::nasty_text;
 use crate::memory::{self, Dice, Raw};
 use crate::peer::{Seen, Session};
 use crate::process::{self, sleep_for_ever};
-use crate::{Lie, control};
+use crate::{Lie, control, stream};
 use hotcell_channel::control::encode;
 use hotcell_channel::crash::{Access, CrashPage, Facts};
 use hotcell_channel::layout::FUNCTIONS_BASE;
@@ -215,7 +215,7 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
             control::send_descriptors(&session.peer, b"x", usize::try_from(number).unwrap_or(0));
             sleep_for_ever();
         }),
-        _ => session.be_honest(),
+        _ => stream::tell(session, lie),
     }
 }
 

@@ -5,8 +5,8 @@
 
 use hotcell::{
     ARGS_MAX, Block, CallError, Cause, CrashReport, Error, In, InOut, Involvement, LoadError, Mismatch,
-    Module, OnDeadline, Out, RemotePtr, Session, SessionBuilder, Signature, StartError, Type, WaitPolicy,
-    Worker, WorkerBuilder, WorkerEvent,
+    Module, OnDeadline, Out, Pipeline, RemotePtr, Session, SessionBuilder, Signature, StartError, Type,
+    WaitPolicy, Worker, WorkerBuilder, WorkerEvent,
 };
 use std::ffi::CString;
 use std::sync::Once;
@@ -100,6 +100,8 @@ fn assert_printable(text: &str) {
     }
 }
 
+type Echo = fn(u64) -> u64;
+
 /// A session with the liar, and a function in it.
 struct Cell {
     worker: Worker,
@@ -121,6 +123,10 @@ impl Cell {
 
     fn call(&self) -> Result<u64, CallError> {
         self.module.function::<fn(u64) -> u64>("f").unwrap().call(7)
+    }
+
+    fn pipeline(&self) -> Result<Pipeline<Echo>, CallError> {
+        self.module.function::<fn(u64) -> u64>("f").unwrap().pipeline()
     }
 
     fn call_string(&self) -> Result<CString, CallError> {
@@ -379,6 +385,110 @@ tests! {
                     assert_eq!(report.function().unwrap().symbol.as_ref(), "f");
                 }
                 (other, _) => panic!("state {state:#x}: {other:?}"),
+            }
+        }
+    }
+
+    fn wrong_turns_in_the_stream_are_breaches() {
+        let turns = ["head:3", "head:255", "head:256", "head:257", "head:4294967295", "head:4294967297", "head:18446744073709551615",
+            "shifted:1", "shifted:256", "shifted:4294967295", "shifted:4294967296"];
+        for (at, lie) in turns.into_iter().enumerate() {
+            let policy = [WaitPolicy::Adaptive, WaitPolicy::Park, WaitPolicy::Spin][at % 3];
+            let cell = Cell::with(liar(format!("stream-{lie}")).wait(policy).timeout(Duration::from_secs(20)));
+            let mut pipeline = cell.pipeline().unwrap();
+            pipeline.send(7).unwrap();
+            pipeline.send(8).unwrap();
+            match pipeline.receive() {
+                // A whole round of turns further on is the same turn.
+                Ok(Some(_)) if lie == "shifted:4294967296" => continue,
+                result => assert_call_is_a_breach(result),
+            }
+            // The second call, or a third: the worker is dead.
+            assert_call_is_a_breach(pipeline.receive());
+            assert_call_is_a_breach(pipeline.send(9));
+        }
+    }
+
+    fn stream_without_answers_is_a_deadline() {
+        // The turn 0 is what stands there before the first round: as if nothing had been said.
+        for lie in ["stream-silence", "stream-head:0"] {
+            for policy in [WaitPolicy::Adaptive, WaitPolicy::Park, WaitPolicy::Spin] {
+                let cell = Cell::with(liar(lie).wait(policy));
+                let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+                let mut pipeline = f.pipeline().unwrap();
+                pipeline.send(7).unwrap();
+                match pipeline.receive() {
+                    Err(CallError::TimedOut { after, worker_killed: true, .. }) => assert_eq!(after, SHORT),
+                    other => panic!("{lie}: {other:?}"),
+                }
+                assert!(matches!(wait_for_the_end(&cell.worker).cause(), Cause::DeadlineExceeded { .. }));
+            }
+        }
+    }
+
+    fn replies_to_nothing_and_sleepers_that_are_none_harm_nobody() {
+        for lie in ["stream-before-requests", "stream-sleepers:1", "stream-sleepers:2", "stream-barrier:7", "stream-barrier:0", "stream-without-waking"] {
+            for policy in [WaitPolicy::Adaptive, WaitPolicy::Park] {
+                let cell = Cell::with(liar(lie).wait(policy));
+                let mut pipeline = cell.pipeline().unwrap();
+                assert!(pipeline.receive().unwrap().is_none());
+                for round in 0..5 {
+                    for i in 0..20 {
+                        pipeline.send(round * 20 + i).unwrap();
+                    }
+                    for i in 0..20 {
+                        let result = pipeline.receive().unwrap_or_else(|error| panic!("{lie}: {error}"));
+                        // A reply that came before its request has any value.
+                        assert!(result == Some(round * 20 + i) || lie == "stream-before-requests", "{lie}: {result:?}");
+                    }
+                }
+                assert!(pipeline.receive().unwrap().is_none());
+                drop(pipeline);
+                drop(cell.pipeline().unwrap());
+            }
+        }
+    }
+
+    fn stream_that_was_refused_is_a_breach() {
+        for status in [1, 5, u64::MAX] {
+            let cell = Cell::new(format!("stream-refused:{status}"));
+            assert_call_is_a_breach(cell.pipeline());
+        }
+    }
+
+    fn counts_of_the_stream_are_believed_only_as_far_as_they_go() {
+        for taken in [0, 3, 4, 5, 200, 1 << 32, u64::MAX] {
+            let cell = Cell::new(format!("stream-taken-and-exit:{taken}"));
+            let mut pipeline = cell.pipeline().unwrap();
+            let sent = (0..10).take_while(|i| pipeline.send(*i).is_ok()).count() as u64;
+            for i in 0..sent {
+                match pipeline.receive() {
+                    Ok(Some(result)) => assert!(i < 3 && result == i),
+                    Err(CallError::Crashed(report)) => {
+                        assert!(i >= 3);
+                        assert_eq!(report.involvement() == Involvement::NotRun, taken <= i, "{i} of {taken}");
+                        assert_printable(&report.to_string());
+                    }
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+
+    fn stream_in_which_anything_changes_ends_every_wait() {
+        for seed in 0..20 {
+            let lie = if seed % 2 == 0 { "stream-flipping" } else { "stream-random" };
+            let cell = Cell::with(liar(format!("{lie}:{seed}")).timeout(Duration::from_secs(1)));
+            // It starts with the first call.
+            let function = cell.module.function::<fn(u64) -> u64>("f").unwrap();
+            for _ in 0..10 {
+                let Ok(mut pipeline) = function.pipeline() else { break };
+                for i in 0..200 {
+                    let _ = pipeline.send(i);
+                }
+                for _ in 0..pipeline.in_flight() / 2 {
+                    let _ = pipeline.receive();
+                }
             }
         }
     }

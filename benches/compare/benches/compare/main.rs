@@ -30,6 +30,7 @@ const USAGE: Usage = Usage {
     bench: "compare",
     sections: &[
         ("calls", "numbers, awake and asleep, beside a bare record and a bare futex"),
+        ("bursts", "calls that do not wait for each other, beside a bare stream"),
         ("buffers", "bytes in and out, beside memcpy and a bare record"),
         ("gaps", "calls after a pause, beside a bare futex after the same pause"),
         ("peers", "other ways to reach another process"),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use hotcell::WaitPolicy::{Adaptive, Park, Spin};
+use hotcell::{SessionBuilder, Worker};
 use hotcell_compare::Result;
 use hotcell_compare::cell::{ByName, Bytes, BytesIn, Cell, EightDoubles, InBlock, Parked, SixWords, Typed};
 use hotcell_compare::cpus::Cpus;
@@ -11,6 +12,7 @@ use hotcell_compare::measure::AfterPause;
 use hotcell_compare::peers;
 use hotcell_compare::report::Report;
 use hotcell_compare::roster::{PLACES, Roster};
+use hotcell_compare::stream::{BareStream, Burst, STREAM, Stream, Sustained, Tickets};
 use hotcell_compare::verdict::{Limit, Verdict};
 
 use crate::in_process::{Direct, Libffi};
@@ -23,8 +25,9 @@ pub struct Section {
     pub verdicts: fn(&Report) -> Vec<Verdict>,
 }
 
-pub const SECTIONS: [Section; 4] = [
+pub const SECTIONS: [Section; 5] = [
     Section { name: "calls", rounds: 300, enlist: calls, verdicts: call_verdicts },
+    Section { name: "bursts", rounds: 150, enlist: bursts, verdicts: burst_verdicts },
     Section { name: "buffers", rounds: 100, enlist: buffers, verdicts: buffer_verdicts },
     Section { name: "gaps", rounds: 40, enlist: gaps, verdicts: gap_verdicts },
     Section { name: "peers", rounds: 150, enlist: peers, verdicts: peer_verdicts },
@@ -78,6 +81,48 @@ fn call_verdicts(report: &Report) -> Vec<Verdict> {
         mean("by name, prepared: mean to the bare record's", BY_NAME, floor::RECORD, 1.25),
         mean("typed, both sides park: mean to the bare futex's", PARKED, floor::FUTEX, 1.1),
     ]
+}
+
+const TICKETS: &str = "tickets";
+const BURSTS: [&str; 3] = ["16 a burst", "256 a burst", "sustained"];
+
+fn burst_name(row: &str, burst: &str) -> String {
+    format!("{row}, {burst}")
+}
+
+/// The three bursts of whatever can send and receive.
+fn add_bursts<S: Stream + 'static>(
+    roster: &mut Roster,
+    row: &str,
+    floor: Option<&str>,
+    mut open: impl FnMut() -> Result<S>,
+) {
+    let [few, many, sustained] = BURSTS;
+    let floor = |burst: &str| floor.map(|floor| burst_name(floor, burst));
+    roster.add(burst_name(row, few), floor(few).as_deref(), || Ok(Burst::<_, 16>(open()?)));
+    roster.add(burst_name(row, many), floor(many).as_deref(), || Ok(Burst::<_, 256>(open()?)));
+    roster.add(burst_name(row, sustained), floor(sustained).as_deref(), || Ok(Sustained::new(open()?)));
+}
+
+fn bursts(roster: &mut Roster, cpus: &Cpus) -> Result<()> {
+    let cell = || {
+        let session = SessionBuilder::new().slots(512); // the largest burst needs 256
+        Cell::open_with(cpus, Adaptive, Worker::builder(), session)
+    };
+    add_bursts(roster, STREAM, None, || BareStream::open(cpus));
+    add_bursts(roster, TICKETS, Some(STREAM), || Tickets::new(&cell()?));
+    Ok(())
+}
+
+fn burst_verdicts(report: &Report) -> Vec<Verdict> {
+    let verdict = |(row, burst): (&str, &str)| {
+        report.verdict(
+            format!("{}: per call to the bare stream's", burst_name(row, burst)),
+            Limit::AtMost(1.5),
+            |view| view.ratio(&burst_name(row, burst), &burst_name(STREAM, burst)),
+        )
+    };
+    [TICKETS].into_iter().flat_map(|row| BURSTS.map(|burst| (row, burst))).map(verdict).collect()
 }
 
 const SIZES: [(&str, usize); 4] =

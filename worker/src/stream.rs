@@ -1,0 +1,122 @@
+//! The stream as a lane of a session: calls in a row, served in batches between looks at the session's two slots.
+
+use crate::dispatch::Callable;
+use crate::memory::Blocks;
+use hotcell_channel::layout::FUNCTIONS_BASE;
+use hotcell_channel::region::Region;
+use hotcell_channel::session::STREAM_END;
+use hotcell_channel::slot::Slot;
+use hotcell_channel::stream::{self, Barrier, Lane, Lanes, RECORD_WORDS, Record};
+use hotcell_channel::wait::Spin;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+
+/// The session's half of the stream. Its position is private.
+pub(crate) struct StreamLane<'r> {
+    region: &'r Region,
+    on: bool,
+    position: u64,
+    barrier: Barrier,
+    /// The lane that was served last.
+    last: Lane,
+    /// It was said that the barrier fails.
+    complained: bool,
+    /// Where calls run that are more than a few integers.
+    slot: Slot,
+}
+
+impl<'r> StreamLane<'r> {
+    pub(crate) fn new(region: &'r Region) -> Self {
+        Self {
+            region,
+            on: false,
+            position: 0,
+            barrier: Barrier::Fence,
+            last: Lane::Direct,
+            complained: false,
+            slot: Slot::default(),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn is_on(&self) -> bool {
+        self.on
+    }
+
+    /// Switches the stream on. `barrier` is what the host can do; gives what both will.
+    pub(crate) fn switch_on(&mut self, position: u64, barrier: u64) -> u64 {
+        self.barrier = match Barrier::from_word(barrier) {
+            Barrier::Membarrier => Barrier::available(),
+            Barrier::Fence => Barrier::Fence,
+        };
+        (self.position, self.last, self.on) = (position, Lane::Direct, true);
+        self.barrier as u64
+    }
+
+    /// Waits for a request in any lane. `calls`: how many the two slots have served.
+    pub(crate) fn wait(&mut self, ring: &Slot, spin: &Spin, calls: u64) -> Lane {
+        let region = self.region;
+        let lanes = Lanes {
+            direct: region.direct(),
+            ring,
+            stream: region.stream(),
+            position: self.position,
+            sleepers: region.sleepers(),
+            barrier: self.barrier,
+        };
+        let calls = calls.wrapping_add(self.position);
+        let (lane, unsure) =
+            stream::wait_request(lanes, self.last, spin, region.bell(), region.progress(), calls);
+        if unsure && !self.complained {
+            self.complained = true;
+            eprintln!("hotcell-worker: membarrier fails since a stream was opened: sleeps are cut to 1 ms");
+        }
+        self.last = lane;
+        lane
+    }
+
+    /// Serves at most `most` calls that are there.
+    #[inline(never)]
+    pub(crate) fn serve(
+        &mut self,
+        most: u32,
+        functions: &[Callable],
+        blocks: &mut Blocks,
+        running: &AtomicU32,
+    ) {
+        let region = self.region;
+        let (stream, sleepers, progress) = (region.stream(), region.sleepers(), region.progress());
+        for _ in 0..most {
+            if !self.on {
+                return;
+            }
+            let position = self.position;
+            let Some(function) = stream.requested(position) else { return };
+            progress.take_stream(position + 1);
+            running.store(function, Relaxed);
+            let (request, reply) = (stream.request(position), stream.reply(position));
+            match function.checked_sub(FUNCTIONS_BASE).and_then(|i| functions.get(i as usize)) {
+                Some(callable) => match callable.invoke_quick(|at| request.word(at)) {
+                    Some(result) => reply.set_word(0, result),
+                    None => call_in_slot(callable, request, reply, &self.slot, blocks),
+                },
+                None => self.on = function != STREAM_END,
+            }
+            self.position = position + 1;
+            stream.answer(position);
+            sleepers.wake_host(self.barrier);
+        }
+    }
+}
+
+/// A call that is more than a few integers: its words pass through a slot of this thread's own, where every kind of call can run.
+#[inline(never)]
+fn call_in_slot(callable: &Callable, request: &Record, reply: &Record, slot: &Slot, blocks: &mut Blocks) {
+    for at in 0..RECORD_WORDS {
+        slot.set_word(at, request.word(at));
+    }
+    callable.invoke(slot, blocks);
+    // The result, and errno in word 2. A returned string does not fit a record: hosts do not ask for one.
+    for at in 0..3 {
+        reply.set_word(at, slot.word(at));
+    }
+}
