@@ -478,9 +478,10 @@ tests! {
     fn stream_in_which_anything_changes_ends_every_wait() {
         for seed in 0..20 {
             let lie = if seed % 2 == 0 { "stream-flipping" } else { "stream-random" };
-            let cell = Cell::with(liar(format!("{lie}:{seed}")).timeout(Duration::from_secs(1)));
+            let cell = Cell::new(format!("{lie}:{seed}"));
             // It starts with the first call.
             let function = cell.module.function::<fn(u64) -> u64>("f").unwrap();
+            let function = function.with_timeout(Duration::from_secs(1));
             for _ in 0..10 {
                 let Ok(mut pipeline) = function.pipeline() else { break };
                 for i in 0..200 {
@@ -873,8 +874,9 @@ impl Grandchild {
 impl Drop for Grandchild {
     fn drop(&mut self) {
         // The number is still its own: it lives until its alarm rings, long after this test.
-        let done = std::process::Command::new("kill").args(["-9", &self.0.to_string()]).status();
-        assert!(done.is_ok_and(|status| status.success()), "the grandchild was there until the end");
+        let pid = nix::unistd::Pid::from_raw(self.0.cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)
+            .expect("the grandchild was there until the end");
     }
 }
 
