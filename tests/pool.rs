@@ -195,6 +195,15 @@ impl Told {
     }
 }
 
+/// Raises a flag when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
 fn pid_of(answer: Result<i32, CallError>) -> u32 {
     answer.unwrap().cast_unsigned()
 }
@@ -474,19 +483,19 @@ fn a_function_is_in_every_worker_whenever_it_was_asked_for() {
     // Workers come and go meanwhile.
     let over = &AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let killer = scope.spawn(move || {
+        scope.spawn(move || {
             while !over.load(SeqCst) {
                 assert!(die.call().is_err());
             }
         });
+        // Also when something here fails, or the killer would never end.
+        let _over = Over(over);
         for _ in 0..20 {
             let add = pool.function::<Add>("add").unwrap();
             let own_pid = pool.function::<OwnPid>("own_pid").unwrap();
             assert_eq!(add.idempotent().call(1, 1).map_or(2, |sum| sum), 2);
             drop(own_pid);
         }
-        over.store(true, SeqCst);
-        killer.join().unwrap();
     });
     pool.wait_ready(PATIENCE).unwrap();
     let add = pool.function::<Add>("add").unwrap();

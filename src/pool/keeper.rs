@@ -41,8 +41,6 @@ const DRAIN_LOOK: Duration = Duration::from_millis(5);
 const MEMORY_LOOK: Duration = Duration::from_secs(1);
 /// Most calls that a caller makes before it tells its member of them.
 const CALLER_BATCH_MAX: i64 = 1024;
-/// Workers that may die while a function is looked up in them, before that is given up.
-const REGISTER_TRIES: u32 = 4;
 
 pub(super) type Setup = dyn Fn(&Session) -> Result<Module, BoxError> + Send + Sync;
 
@@ -443,13 +441,15 @@ impl Shared {
             return Ok(index);
         }
         // In one worker first: what is not found there is not registered.
-        let mut tries = REGISTER_TRIES;
+        let started = Instant::now();
         loop {
             let seat = self.wait_for_seat(Placement::LeastLoaded, &name).map_err(fail)?;
             match resolve(&seat.member.module) {
                 Ok(_) => break,
-                Err(LoadError::Call { source, .. }) if tries > 0 && !source.session_usable() => {
-                    tries -= 1;
+                // The worker died under it, which says nothing about the function, as long as others serve and the patience lasts.
+                Err(LoadError::Call { source, .. })
+                    if started.elapsed() < self.config.patience && !source.session_usable() =>
+                {
                     self.failed(&seat.member, &source);
                 }
                 Err(error) => return Err(error),
