@@ -277,8 +277,6 @@ fn blocks_that_were_refused_are_not_counted_and_not_kept() {
     let options = SessionBuilder::new().memory_bytes_max(limit).remote_blocks_max(2);
     let session = worker.session_with(options).unwrap();
     let module = load(&session);
-    let error = bytes_fn(&module, "keep").pipeline().map(drop).unwrap_err();
-    assert!(matches!(error, CallError::PipelineUnsupported { .. }) && error.session_usable(), "{error:?}");
     let block = session.alloc(MIB).unwrap();
     let before = memory(&session).used_bytes;
     for _ in 0..5 {
@@ -298,6 +296,27 @@ fn blocks_that_were_refused_are_not_counted_and_not_kept() {
     assert!(matches!(session.alloc(1), Err(CallError::TooManyBlocks { max: 2 })));
     session.free(second).unwrap();
     session.free(block).unwrap();
+}
+
+#[test]
+fn a_session_with_a_limit_has_no_pipelines() {
+    let _watchdog = watchdog();
+    let worker = worker().spawn().unwrap();
+    let limited = load(&limited(&worker, 16 * MIB));
+    let labs = |module: &Module| module.function::<fn(i64) -> i64>("labs").unwrap();
+    match labs(&limited).pipeline() {
+        Err(CallError::PipelineUnsupported { function }) => {
+            assert!(function.to_string().contains("labs"), "{function}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(labs(&limited).call(-7).unwrap(), 7, "the session goes on");
+    assert_eq!(labs(&limited).submit(-8).unwrap().wait().unwrap(), 8);
+    let free = load(&worker.session().unwrap());
+    let labs = labs(&free);
+    let mut pipeline = labs.pipeline().unwrap();
+    pipeline.send(-9).unwrap();
+    assert_eq!(pipeline.receive().unwrap(), Some(9), "one without a limit beside it has them");
 }
 
 #[test]
