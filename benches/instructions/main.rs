@@ -7,11 +7,13 @@
 //! cargo bench --bench instructions -- --need-valgrind  a missing valgrind is a failure, not a word on stderr
 //! ```
 //!
-//! It is the real call path that is counted: a host and a worker, two processes, one of them under `valgrind --tool=callgrind` and the other one not. The
-//! program is run twice, with different numbers of calls; for each instruction of the program the difference between the two runs, divided by the difference of
-//! the numbers, is how often a call executes it. What is executed a whole number of times counts. The start and the loading fall out, and so do the looks at a slot whose turn has
-//! not come yet: how many there are is a matter of time, and the side that is not counted takes a different time for each call, so that they are no whole number. A count that two
-//! attempts agree on is taken; there are [`ATTEMPTS`] at most.
+//! It is the real call path that is counted: a host and a worker, two processes, one of them under `valgrind --tool=callgrind` and the other one not. The counted side runs a
+//! mark after every [`BATCH`] calls, at which callgrind writes down how often each instruction was executed since the last one. An instruction belongs to a call if that is a
+//! whole number of times a call, exactly. What is not of the calls falls out, and so do the looks at a slot whose turn has not come yet: how many there are is a matter of time, and the side that
+//! is not counted takes a different time for each call, so that they are no whole number.
+//!
+//! On a busy machine a side loses its CPU now and then, and some call waits elsewhere. That shows: a function ran that the batch's other calls did not run. Only batches without such a call are
+//! looked at, and the count that most of them have is taken. So a busy machine can make the check take longer, or fail saying so, but cannot make a count smaller.
 //!
 //! The counts hold the loop around the call too (six instructions or so on the host's side), and the called function (its additions and a return) on the worker's. They do not hold the
 //! looks: the one that sees the turn is four instructions on the host's side.
@@ -21,7 +23,7 @@ mod kept;
 mod pidfd;
 
 use hotcell::{DynFunction, Function, Module, WaitPolicy, Worker};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -33,21 +35,35 @@ type Eight = fn(f64, f64, f64, f64, f64, f64, f64, f64) -> f64;
 const SOURCE: &str = "\
 #include <stdint.h>
 #ifdef TAKE_TIME
-static void take_time(void) { static uint32_t n; n = n * 1664525 + 1013904223; for (volatile uint32_t i = 0; i < 1000 + (n >> 21); i++); }
+static void take_time(void) { static uint32_t n; n = n * 1664525 + 1013904223; for (volatile uint32_t i = 0; i < 200 + (n >> 23); i++); }
 #else
 #define take_time() ((void)0)
 #endif
 int32_t add(int32_t a, int32_t b) { take_time(); return (int32_t)((uint32_t)a + (uint32_t)b); }
 uint64_t six(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) { take_time(); return a + b + c + d + e + f; }
+void hotcell_bench_mark(void) { }
 double eight(double a, double b, double c, double d, double e, double f, double g, double h) { take_time(); return a + b + c + d + e + f + g + h; }
 ";
 
-/// Most attempts at two that agree.
-const ATTEMPTS: u32 = 20;
-/// Calls in the short and in the long run.
-const CALLS: [u64; 2] = [2_000, 12_000];
-/// How far from a whole number of times a call an instruction may be executed to count: a call that finds its peer's CPU taken away goes another way.
-const SLACK: f64 = 0.02;
+/// Most runs of the program for one side.
+const ATTEMPTS: u32 = 6;
+/// Calls between two marks.
+const BATCH: u64 = 64;
+/// Batches of each kind of call.
+const BATCHES: usize = 40;
+/// Batches that must have one count before it is believed.
+const AGREE: usize = 10;
+/// What callgrind stops at. On the host's side it is a function of this program, on the worker's one of the library.
+const MARK: &str = "hotcell_bench_mark";
+
+/// What was executed between two marks.
+#[derive(Default)]
+struct Batch {
+    /// How often each instruction was, by its address.
+    times: HashMap<u64, u64>,
+    /// How often the most executed instruction of each function was.
+    functions: HashMap<String, u64>,
+}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Side {
@@ -77,39 +93,66 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 
 /// The program whose instructions are counted.
 fn make_calls(arguments: &[String]) -> Result<()> {
-    let [name, calls, library, program] = arguments else { return Err("wrong arguments".into()) };
-    let calls: u64 = calls.parse()?;
+    let [library, program, names @ ..] = arguments else { return Err("wrong arguments".into()) };
     // Named, for the running executable of a host under valgrind is valgrind.
     let worker = Worker::builder().wait(WaitPolicy::Spin).program(program).spawn()?;
     let module = worker.session()?.load(Module::ffi(library))?;
     let host_counts = std::env::current_exe()? == Path::new(program);
     // Taken by the side that is not counted: here by the host, otherwise by the called function.
     let pause: fn(u64) = if host_counts { |_| () } else { take_time };
-    match name.as_str() {
-        "typed, two i32" => two(&module.function("add")?, calls, pause)?,
-        "typed, six words" => six(&module.function("six")?, calls, pause)?,
-        "typed, eight doubles" => eight(&module.function("eight")?, calls, pause)?,
-        "by name, two i32" => by_name(&module.prototype("int32_t add(int32_t, int32_t)")?, calls, pause)?,
-        other => return Err(format!("no such call: {other}").into()),
+    let add = module.function("add")?;
+    let sum_six = module.function("six")?;
+    let sum_eight = module.function("eight")?;
+    let add_by_name = module.prototype("int32_t add(int32_t, int32_t)")?;
+    let far_mark = module.function::<fn()>(MARK)?;
+    let mark = || {
+        if host_counts {
+            hotcell_bench_mark();
+            return Ok(());
+        }
+        far_mark.call()
+    };
+    for name in names {
+        mark()?;
+        for _ in 0..BATCHES {
+            match name.as_str() {
+                "typed, two i32" => two(&add, pause)?,
+                "typed, six words" => six(&sum_six, pause)?,
+                "typed, eight doubles" => eight(&sum_eight, pause)?,
+                "by name, two i32" => by_name(&add_by_name, pause)?,
+                other => return Err(format!("no such call: {other}").into()),
+            }
+            mark()?;
+        }
     }
-    drop(module);
     if host_counts {
         // This is the side under valgrind, which knows no way to send the worker a signal. The worker goes with its host, as it does from any.
         std::process::exit(0);
     }
+    drop(module);
     worker.dispose();
     Ok(())
 }
 
-/// Between one and three microseconds or so.
+/// Callgrind stops at its name.
+///
+/// # Safety
+/// There is nothing to keep to. The name is given to no other function of this program, and the library's is looked up in the library only.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn hotcell_bench_mark() {
+    black_box(());
+}
+
+/// A microsecond or two: a good many looks of the side that is slowed down by valgrind, but seldom so many that it goes on to the slow wait.
 fn take_time(i: u64) {
-    let looks = 20 + (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58);
+    let looks = 10 + (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58);
     (0..looks).for_each(|_| std::hint::spin_loop());
 }
 
 #[inline(never)]
-fn two(add: &Function<fn(i32, i32) -> i32>, calls: u64, pause: fn(u64)) -> Result<()> {
-    for i in 0..calls {
+fn two(add: &Function<fn(i32, i32) -> i32>, pause: fn(u64)) -> Result<()> {
+    for i in 0..BATCH {
         pause(i);
         assert_eq!(add.call(black_box(2), black_box(3))?, 5);
     }
@@ -117,8 +160,8 @@ fn two(add: &Function<fn(i32, i32) -> i32>, calls: u64, pause: fn(u64)) -> Resul
 }
 
 #[inline(never)]
-fn six(six: &Function<Six>, calls: u64, pause: fn(u64)) -> Result<()> {
-    for i in 0..calls {
+fn six(six: &Function<Six>, pause: fn(u64)) -> Result<()> {
+    for i in 0..BATCH {
         pause(i);
         let [a, b, c, d, e, f] = black_box([1, 2, 3, 4, 5, 6]);
         assert_eq!(six.call(a, b, c, d, e, f)?, 21);
@@ -127,8 +170,8 @@ fn six(six: &Function<Six>, calls: u64, pause: fn(u64)) -> Result<()> {
 }
 
 #[inline(never)]
-fn eight(eight: &Function<Eight>, calls: u64, pause: fn(u64)) -> Result<()> {
-    for i in 0..calls {
+fn eight(eight: &Function<Eight>, pause: fn(u64)) -> Result<()> {
+    for i in 0..BATCH {
         pause(i);
         let [a, b, c, d, e, f, g, h] = black_box([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
         assert!(eight.call(a, b, c, d, e, f, g, h)? == 36.0);
@@ -137,8 +180,8 @@ fn eight(eight: &Function<Eight>, calls: u64, pause: fn(u64)) -> Result<()> {
 }
 
 #[inline(never)]
-fn by_name(add: &DynFunction, calls: u64, pause: fn(u64)) -> Result<()> {
-    for i in 0..calls {
+fn by_name(add: &DynFunction, pause: fn(u64)) -> Result<()> {
+    for i in 0..BATCH {
         pause(i);
         assert_eq!(i32::try_from(add.call((black_box(2), black_box(3)))?)?, 5);
     }
@@ -166,26 +209,33 @@ fn run(arguments: &[String]) -> Result<bool> {
     println!("instructions a call, by {valgrind}'s callgrind, compiled by {compiler}\n");
     println!("| call                 | host: kept |   now | worker: kept |   now |");
     println!("|:---------------------|-----------:|------:|-------------:|------:|");
-    let mut over = Vec::new();
-    for (name, host, worker) in kept::KEPT {
-        if only.is_some_and(|only| !name.contains(only.as_str())) || (quick && name != "typed, two i32") {
-            continue;
-        }
-        let mut counts = [0; 2];
-        for (count, (side, kept)) in counts.iter_mut().zip([(Side::Host, host), (Side::Worker, worker)]) {
-            let most = kept + room(kept, compiler);
-            *count = count_calls(name, side, &libraries[side as usize], folder.path())?;
-            if *count > most {
-                let side = if side == Side::Host { "host" } else { "worker" };
-                over.push(format!("{name}, {side}: {count} where {kept} are kept, and {most} would do"));
+    let chosen: Vec<_> = kept::KEPT
+        .into_iter()
+        .filter(|(name, ..)| only.is_none_or(|only| name.contains(only.as_str())))
+        .filter(|(name, ..)| !quick || *name == "typed, two i32")
+        .collect();
+    let names: Vec<&str> = chosen.iter().map(|(name, ..)| *name).collect();
+    let [host_now, worker_now] = [Side::Host, Side::Worker]
+        .map(|side| count_calls(&names, side, &libraries[side as usize], folder.path()));
+    let mut off = Vec::new();
+    for (((name, host, worker), host_now), worker_now) in chosen.iter().zip(host_now?).zip(worker_now?) {
+        println!("| {name:<20} | {host:>10} | {host_now:>5} | {worker:>12} | {worker_now:>5} |");
+        for (side, kept, now) in [("host", *host, host_now), ("worker", *worker, worker_now)] {
+            let room = room(kept, compiler);
+            if now > kept + room {
+                off.push(format!(
+                    "MORE THAN KEPT: {name}, {side}: {now} where {kept} are kept, and {room} more would do"
+                ));
+            }
+            if now + room < kept {
+                off.push(format!("FEWER THAN KEPT: {name}, {side}: {now} where {kept} are kept: keep {now}"));
             }
         }
-        println!("| {name:<20} | {host:>10} | {:>5} | {worker:>12} | {:>5} |", counts[0], counts[1]);
     }
-    for line in &over {
-        println!("MORE THAN KEPT: {line}");
+    for line in &off {
+        println!("{line}");
     }
-    Ok(over.is_empty())
+    Ok(off.is_empty())
 }
 
 fn missing(what: &str, need: bool) -> Result<bool> {
@@ -193,7 +243,7 @@ fn missing(what: &str, need: bool) -> Result<bool> {
     Ok(!need)
 }
 
-/// By how much a count may be over the kept one: for one more instruction or 2 in 100 there are reasons in the compiler's mood, and in another compiler's for more.
+/// By how much a count may be off the kept one: for one more instruction or 2 in 100 there are reasons in the compiler's mood, and in another compiler's for more.
 fn room(kept: u64, compiler: &str) -> u64 {
     if compiler == kept::COMPILER { (kept / 50).max(1) } else { kept / 10 }
 }
@@ -212,34 +262,62 @@ fn compile(folder: &Path, more: &[&str]) -> Result<PathBuf> {
     if status.success() { Ok(library) } else { Err(format!("cc: {status}").into()) }
 }
 
-/// The instructions a call that two attempts agree on.
-fn count_calls(name: &str, side: Side, library: &Path, folder: &Path) -> Result<u64> {
-    let mut seen = Vec::new();
+/// The instructions of each of these calls on one side.
+fn count_calls(names: &[&str], side: Side, library: &Path, folder: &Path) -> Result<Vec<u64>> {
+    let mut clean: HashMap<&str, HashMap<u64, usize>> = HashMap::new();
     for _ in 0..ATTEMPTS {
-        let short = profile(name, CALLS[0], side, library, folder)?;
-        let long = profile(name, CALLS[1], side, library, folder)?;
-        let count = per_call(&short, &long, CALLS[1] - CALLS[0]);
-        if seen.contains(&count) {
-            return Ok(count);
+        let open = |name: &&str| clean.get(*name).and_then(agreed).is_none();
+        let open: Vec<&str> = names.iter().copied().filter(open).collect();
+        if open.is_empty() {
+            break;
         }
-        seen.push(count);
+        let batches = profile(&open, side, library, folder)?;
+        // The first part of each kind is what came before it.
+        for (name, batches) in open.iter().zip(batches.chunks(BATCHES + 1)) {
+            let counts = clean.entry(name).or_default();
+            clean_counts(&batches[1..]).into_iter().for_each(|count| *counts.entry(count).or_default() += 1);
+        }
     }
-    Err(format!("{name}: the machine is too busy: no two attempts agree: {seen:?}").into())
-}
-
-/// How many instructions are executed a whole number of times a call, each as often as it is.
-fn per_call(short: &HashMap<u64, u64>, long: &HashMap<u64, u64>, calls: u64) -> u64 {
-    let times = |(at, count): (&u64, &u64)| {
-        let more = count.saturating_sub(short.get(at).copied().unwrap_or(0));
-        let times = (more + calls / 2) / calls;
-        let off = (more as f64 / calls as f64 - times as f64).abs();
-        if off <= SLACK { times } else { 0 }
+    let count = |name: &&str| {
+        let seen = clean.get(name).ok_or("no such call")?;
+        let busy =
+            || format!("{name}: the machine is too busy: counts, and how many batches had them: {seen:?}");
+        agreed(seen).ok_or_else(|| busy().into())
     };
-    long.iter().map(times).sum()
+    names.iter().map(count).collect()
 }
 
-/// Runs the calls with one side under callgrind. Gives how often each instruction of that side was executed.
-fn profile(name: &str, calls: u64, side: Side, library: &Path, folder: &Path) -> Result<HashMap<u64, u64>> {
+/// The count that enough batches have, and more of them than all others together.
+fn agreed(counts: &HashMap<u64, usize>) -> Option<u64> {
+    let all: usize = counts.values().sum();
+    let (count, batches) = counts.iter().max_by_key(|(_, batches)| **batches)?;
+    (*batches >= AGREE && *batches * 2 > all).then_some(*count)
+}
+
+/// The count of each batch in which every call went the same way.
+fn clean_counts(batches: &[Batch]) -> Vec<u64> {
+    // A function that runs fewer times than there are calls is the batch's own frame if all batches have it, and else the other way of some call.
+    let odd = |batch: &Batch| -> HashSet<String> {
+        batch.functions.iter().filter(|(_, times)| **times < BATCH).map(|(name, _)| name.clone()).collect()
+    };
+    let mut odd_ones = batches.iter().map(odd);
+    let Some(first) = odd_ones.next() else { return Vec::new() };
+    let frame = odd_ones.fold(first, |frame, odd| frame.intersection(&odd).cloned().collect());
+    let clean = |batch: &&Batch| odd(batch).is_subset(&frame);
+    batches.iter().filter(clean).map(per_call).collect()
+}
+
+/// How many instructions are executed a whole number of times a call, each as often as it is. On the worker's side the mark is one more call.
+fn per_call(batch: &Batch) -> u64 {
+    let whole = |times: &u64| {
+        let (each, rest) = (times / BATCH, times % BATCH);
+        if rest == 0 || rest == each { each } else { 0 }
+    };
+    batch.times.values().map(whole).sum()
+}
+
+/// Runs these calls with one side under callgrind. Gives what was executed between the marks.
+fn profile(names: &[&str], side: Side, library: &Path, folder: &Path) -> Result<Vec<Batch>> {
     let out = folder.join("callgrind.out");
     let _ = std::fs::remove_file(&out);
     let this = std::env::current_exe()?;
@@ -250,6 +328,8 @@ fn profile(name: &str, calls: u64, side: Side, library: &Path, folder: &Path) ->
         "--dump-instr=yes".into(),
         "--compress-pos=no".into(),
         "--compress-strings=no".into(),
+        "--combine-dumps=yes".into(),
+        format!("--dump-before={MARK}"),
         "--log-file=".to_owned() + &folder.join("valgrind.log").display().to_string(),
     ];
     let mut program = this.clone();
@@ -275,21 +355,35 @@ fn profile(name: &str, calls: u64, side: Side, library: &Path, folder: &Path) ->
             Command::new(&this)
         }
     };
-    command.arg("--make-calls").args([name, &calls.to_string()]).arg(library).arg(&program);
+    command.arg("--make-calls").arg(library).arg(&program).args(names);
     command.stdin(Stdio::null());
     let status = pidfd::run_with_helper(&mut command)?;
     if !status.success() {
         let log = std::fs::read_to_string(folder.join("valgrind.log")).unwrap_or_default();
-        return Err(format!("{name}: the program under valgrind: {status}\n{log}").into());
+        return Err(format!("the program under valgrind: {status}\n{log}").into());
     }
-    parse(&std::fs::read_to_string(&out).map_err(|error| format!("{}: {error}", out.display()))?)
+    let batches =
+        parse(&std::fs::read_to_string(&out).map_err(|error| format!("{}: {error}", out.display()))?)?;
+    let marks = names.len() * (BATCHES + 1);
+    if batches.len() < marks {
+        return Err(format!("callgrind stopped at {} marks of {marks}", batches.len()).into());
+    }
+    Ok(batches)
 }
 
-/// Reads callgrind's format: in a function's part, lines `0xaddress line cost`; after a line `calls=…` comes one such line with the cost of the callee, which has its own lines.
-fn parse(text: &str) -> Result<HashMap<u64, u64>> {
-    let mut counts = HashMap::new();
-    let mut skip = false;
+/// Reads callgrind's format. Each mark starts a new part. In a function's part, lines `0xaddress line cost`; after a line `calls=…` comes one such line with the cost of the callee, which has its own lines.
+fn parse(text: &str) -> Result<Vec<Batch>> {
+    let mut batches: Vec<Batch> = Vec::new();
+    let (mut skip, mut function) = (false, "");
     for line in text.lines() {
+        if line.starts_with("part:") {
+            batches.push(Batch::default());
+            continue;
+        }
+        if let Some(name) = line.strip_prefix("fn=") {
+            function = name;
+            continue;
+        }
         if line.starts_with("calls=") {
             skip = true;
             continue;
@@ -302,7 +396,11 @@ fn parse(text: &str) -> Result<HashMap<u64, u64>> {
         let (Some(at), Some(_), Some(count)) = (fields.next(), fields.next(), fields.next()) else {
             return Err(format!("callgrind wrote {line:?}").into());
         };
-        *counts.entry(u64::from_str_radix(at, 16)?).or_default() += count.parse::<u64>()?;
+        let batch = batches.last_mut().ok_or("callgrind wrote costs before the first part")?;
+        let times = batch.times.entry(u64::from_str_radix(at, 16)?).or_default();
+        *times += count.parse::<u64>()?;
+        let most = batch.functions.entry(function.to_owned()).or_default();
+        *most = (*most).max(*times);
     }
-    if counts.is_empty() { Err("callgrind counted nothing".into()) } else { Ok(counts) }
+    if batches.is_empty() { Err("callgrind counted nothing".into()) } else { Ok(batches) }
 }

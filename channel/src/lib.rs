@@ -13,6 +13,7 @@ pub mod arena;
 #[cfg(not(loom))]
 pub mod control;
 pub mod crash;
+mod hint;
 pub mod layout;
 #[cfg(not(loom))]
 pub mod placement;

@@ -36,6 +36,7 @@
 //!
 //! Nothing here trusts the other side: an unknown state is an answer ([`Turn::Unknown`]), not a panic.
 
+use crate::hint;
 #[cfg(loom)]
 pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
@@ -44,6 +45,9 @@ pub(crate) use std::sync::atomic::{AtomicU32, AtomicU64};
 
 /// Payload words of a slot: seven share the first cache line with the state, eight are on the second.
 pub const WORDS_MAX: usize = 15;
+
+/// The first word of the second line.
+const SECOND_LINE: usize = 7;
 
 /// Nobody has used the slot yet.
 pub const IDLE: u32 = 0;
@@ -150,6 +154,12 @@ impl Slot {
     pub fn function(&self) -> (u32, u32) {
         let word = self.function.load(Relaxed);
         (word & FUNCTIONS_MAX, word >> FUNCTION_BITS)
+    }
+
+    /// Worker: says that the second line may be about to be read.
+    #[inline(always)]
+    pub(crate) fn read_second_line_soon(&self) {
+        hint::read_soon(&self.words[SECOND_LINE]);
     }
 
     /// Host: hands the slot to the worker. True if the worker sleeps and its doorbell must be rung.

@@ -365,6 +365,9 @@ pub fn wait_request(
         if warm.has_request() {
             return last;
         }
+        // A wide request's second line is written before the first one; so it comes while the first is still on its way, and not after it. In a session
+        // without wide requests the line does not leave this processor.
+        warm.read_second_line_soon();
         pause();
     }
     wait_request_slow(direct, ring, last, spin, bell, progress, calls)

@@ -5,10 +5,11 @@
 //! vouches for. If that signature is wrong, this process may crash or compute nonsense; nothing outside it is touched. That is the promise of the cell,
 //! and why calling from here is acceptable where in the host it would not be.
 //!
-//! Under the System V x86-64 ABI a function whose arguments all travel in registers can be called through one fixed shape: six integer
+//! Under the System V x86-64 ABI a function whose arguments all travel in registers can be called through a fixed shape: six integer
 //! registers, and eight vector registers if it takes floats. Registers beyond the function's own are caller-saved scratch to it; a result comes back in
 //! `rax` or `xmm0`. The record already lists integer words first and float words after them (see [`hotcell_channel::signature`]), so
-//! the shape is loads and a call. Everything else (stack arguments, variadic functions, other machines) goes through libffi.
+//! a shape is loads from fixed places and a call: which shape it is was chosen when the function was resolved, and a call looks at no argument. Everything else
+//! (stack arguments, variadic functions, other machines) goes through libffi.
 
 use crate::memory::Blocks;
 use hotcell_channel::session::{OK, STRING_LONGER, STRING_LOST, STRING_NULL, STRING_WORDS};
@@ -19,27 +20,46 @@ use std::ffi::c_void;
 
 type Foreign = unsafe extern "C" fn();
 type Integers = unsafe extern "C" fn(u64, u64, u64, u64, u64, u64) -> u64;
+type Floats = unsafe extern "C" fn(f64, f64, f64, f64, f64, f64, f64, f64) -> f64;
 #[rustfmt::skip]
 type Mixed<R> = unsafe extern "C" fn(
     u64, u64, u64, u64, u64, u64, f64, f64, f64, f64, f64, f64, f64, f64,
 ) -> R;
+/// Loads both kinds of registers, calls, and gives the result as a word.
+type Shape = fn(Foreign, &Slot) -> u64;
 
-/// Integer argument registers of the fixed shape.
+/// Integer argument registers of the fixed shapes.
 const INTEGER_REGISTERS: usize = 6;
-/// Vector argument registers of the fixed shape.
+/// Vector argument registers of the fixed shapes.
 const FLOAT_REGISTERS: usize = 8;
 const _: () = assert!(INTEGER_REGISTERS + FLOAT_REGISTERS <= WORDS_MAX);
 
-/// How the arguments travel.
-enum Shape {
-    /// Integer registers only.
+/// A resolved function, ready to be called. The two commonest kinds are called in line.
+pub(crate) enum Callable {
+    /// Integer registers only, and nothing to be done besides the call.
     Integers(Integers),
-    /// Integer and vector registers, integer result; the float words start at the index.
-    Mixed(Mixed<u64>, usize),
-    /// Integer and vector registers, float result; the float words start at the index.
-    MixedFloat(Mixed<f64>, usize),
-    /// libffi's prepared call interface.
-    Prepared(Box<Prepared>),
+    /// Vector registers only, a float result, and nothing to be done besides the call.
+    Floats(Floats),
+    /// Any other.
+    Other(Box<Other>),
+}
+
+pub(crate) struct Other {
+    way: Way,
+    /// Whether the call's `errno` is wanted.
+    errno: bool,
+    /// Whether it returns a string, which is copied.
+    string: bool,
+    /// Argument words, those for a returned string included.
+    words: usize,
+}
+
+/// How the arguments travel.
+enum Way {
+    /// In registers.
+    Registers(Shape, Foreign),
+    /// By libffi's prepared call interface.
+    Prepared(Prepared),
 }
 
 struct Prepared {
@@ -47,19 +67,6 @@ struct Prepared {
     function: Foreign,
     /// Which word each argument is in, in declared order.
     words: Vec<u8>,
-}
-
-/// A resolved function, ready to be called.
-pub(crate) struct Callable {
-    /// Integer registers only and nothing else to do: the commonest kind, found with one look.
-    quick: Option<Integers>,
-    shape: Shape,
-    /// Whether anything is to be done besides the call itself: errno, a returned string.
-    plain: bool,
-    errno: bool,
-    string: bool,
-    /// Argument words, those for a returned string included.
-    words: usize,
 }
 
 impl Callable {
@@ -80,47 +87,58 @@ impl Callable {
             && integers <= INTEGER_REGISTERS
             && floats <= FLOAT_REGISTERS;
         let float_result = matches!(signature.returns, Type::F32 | Type::F64);
-        let shape = if !registers_do {
-            Shape::Prepared(Box::new(Prepared::new(function, signature)?))
-        } else if float_result {
+        let plain = !errno && !string;
+        if registers_do && plain && floats == 0 && !float_result {
             // SAFETY: only the pointer's type changes; all function pointers have one size. What calling it through this type means is
             // argued at the call.
-            let function = unsafe { std::mem::transmute::<Foreign, Mixed<f64>>(function) };
-            Shape::MixedFloat(function, integers)
-        } else if floats > 0 {
-            // SAFETY: as above.
-            let function = unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) };
-            Shape::Mixed(function, integers)
-        } else {
-            // SAFETY: as above.
-            let function = unsafe { std::mem::transmute::<Foreign, Integers>(function) };
-            Shape::Integers(function)
-        };
-        let plain = !errno && !string;
-        let quick = match shape {
-            Shape::Integers(function) if plain => Some(function),
-            _ => None,
-        };
-        Ok(Self { quick, shape, plain, errno, string, words })
-    }
-
-    /// Calls the function with the words in `slot` and leaves the result there.
-    #[inline(always)]
-    pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
-        if let Some(function) = self.quick {
-            slot.set_word(0, call_integers(function, |at| slot.word(at)));
-        } else if self.plain {
-            let result = self.call(slot);
-            slot.set_word(0, result);
-        } else {
-            self.invoke_with_extras(slot, blocks);
+            return Ok(Self::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) }));
         }
+        if registers_do && plain && integers == 0 && float_result {
+            // SAFETY: as above.
+            return Ok(Self::Floats(unsafe { std::mem::transmute::<Foreign, Floats>(function) }));
+        }
+        let way = if !registers_do {
+            Way::Prepared(Prepared::new(function, signature)?)
+        } else if float_result {
+            Way::Registers(FLOAT_SHAPES[integers], function)
+        } else {
+            Way::Registers(INTEGER_SHAPES[integers], function)
+        };
+        Ok(Self::Other(Box::new(Other { way, errno, string, words })))
     }
 
     /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
     #[inline(always)]
     pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
-        self.quick.map(|function| call_integers(function, word))
+        match self {
+            Self::Integers(function) => Some(call_integers(*function, word)),
+            _ => None,
+        }
+    }
+
+    /// Calls the function with the words in `slot` and leaves the result there.
+    #[inline(always)]
+    pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
+        // Apart from the others, so that it is found with one comparison.
+        if let Self::Integers(function) = self {
+            return slot.set_word(0, call_integers(*function, |at| slot.word(at)));
+        }
+        match self {
+            Self::Integers(_) => {}
+            Self::Floats(function) => slot.set_word(0, call_floats(*function, slot).to_bits()),
+            Self::Other(other) => other.invoke(slot, blocks),
+        }
+    }
+}
+
+impl Other {
+    #[inline(never)]
+    fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
+        if self.errno || self.string {
+            self.invoke_with_extras(slot, blocks);
+        } else {
+            slot.set_word(0, self.call(slot));
+        }
     }
 
     fn invoke_with_extras(&self, slot: &Slot, blocks: &mut Blocks) {
@@ -145,11 +163,9 @@ impl Callable {
 
     #[inline(always)]
     fn call(&self, slot: &Slot) -> u64 {
-        match &self.shape {
-            Shape::Integers(function) => call_integers(*function, |at| slot.word(at)),
-            Shape::Mixed(function, first) => call_mixed(*function, *first, slot),
-            Shape::MixedFloat(function, first) => call_mixed(*function, *first, slot).to_bits(),
-            Shape::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
+        match &self.way {
+            Way::Registers(shape, function) => shape(*function, slot),
+            Way::Prepared(prepared) => prepared.call(slot, self.words > WORDS_MAX),
         }
     }
 }
@@ -162,14 +178,43 @@ fn call_integers(function: Integers, i: impl Fn(usize) -> u64) -> u64 {
 }
 
 #[inline(always)]
-fn call_mixed<R>(function: Mixed<R>, first: usize, slot: &Slot) -> R {
-    let i = |at: usize| slot.word(at);
+fn call_floats(function: Floats, slot: &Slot) -> f64 {
     // An f32 lies in the low half of its word as in its register.
-    let f = |at: usize| f64::from_bits(slot.word((first + at).min(WORDS_MAX - 1)));
-    let f = [f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)];
-    // SAFETY: the module's law. As for `call_integers`, with eight vector registers; R says whether the result is in the integer or the vector one.
-    unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5), f[0], f[1], f[2], f[3], f[4], f[5], f[6], f[7]) }
+    let f = |at: usize| f64::from_bits(slot.word(at));
+    // SAFETY: as for `call_integers`, with eight vector registers and the result in one.
+    unsafe { function(f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)) }
 }
+
+/// Calls with both kinds of registers, of which the float words start at `FIRST`.
+#[inline(always)]
+fn call_mixed<const FIRST: usize, R>(function: Mixed<R>, slot: &Slot) -> R {
+    const { assert!(FIRST <= INTEGER_REGISTERS) };
+    let i = |at: usize| slot.word(at);
+    let f = |at: usize| f64::from_bits(slot.word(FIRST + at));
+    // SAFETY: as for `call_integers`, with eight vector registers; R says whether the result is in the integer or the vector one.
+    unsafe { function(i(0), i(1), i(2), i(3), i(4), i(5), f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)) }
+}
+
+fn shape<const FIRST: usize>(function: Foreign, slot: &Slot) -> u64 {
+    // SAFETY: only the pointer's type changes, as in `Callable::new`.
+    let function = unsafe { std::mem::transmute::<Foreign, Mixed<u64>>(function) };
+    call_mixed::<FIRST, u64>(function, slot)
+}
+
+fn float_shape<const FIRST: usize>(function: Foreign, slot: &Slot) -> u64 {
+    // SAFETY: only the pointer's type changes, as in `Callable::new`.
+    let function = unsafe { std::mem::transmute::<Foreign, Mixed<f64>>(function) };
+    call_mixed::<FIRST, f64>(function, slot).to_bits()
+}
+
+/// By the number of integer words. The result is in the integer register.
+const INTEGER_SHAPES: [Shape; INTEGER_REGISTERS + 1] =
+    [shape::<0>, shape::<1>, shape::<2>, shape::<3>, shape::<4>, shape::<5>, shape::<6>];
+/// By the number of integer words. The result is in the vector register.
+#[rustfmt::skip]
+const FLOAT_SHAPES: [Shape; INTEGER_REGISTERS + 1] = [
+    float_shape::<0>, float_shape::<1>, float_shape::<2>, float_shape::<3>, float_shape::<4>, float_shape::<5>, float_shape::<6>,
+];
 
 impl Prepared {
     fn new(function: Foreign, signature: &Signature) -> Result<Self, String> {
@@ -287,6 +332,41 @@ fn get_errno() -> i32 {
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: as in `set_errno`.
     unsafe { *errno }
+}
+
+/// A function of this process behind a slot of its own: what the bench of this package calls.
+#[doc(hidden)]
+#[allow(missing_debug_implementations)]
+pub struct InProcess {
+    callable: Callable,
+    slot: Slot,
+    blocks: Blocks,
+}
+
+impl InProcess {
+    /// Resolves a function as a session does; with `prepared`, for libffi even if its arguments travel in registers.
+    ///
+    /// # Safety
+    /// `address` is that of a C function with this signature, which may be called from any thread at any time.
+    pub unsafe fn new(address: *const (), signature: &Signature, prepared: bool) -> Result<Self, String> {
+        // SAFETY: the caller says that a function is there, and function pointers have the size of data pointers on every machine this builds for.
+        let function = unsafe { std::mem::transmute::<*const (), Foreign>(address) };
+        let callable = if prepared {
+            let way = Way::Prepared(Prepared::new(function, signature)?);
+            Callable::Other(Box::new(Other { way, errno: false, string: false, words: signature.args.len() }))
+        } else {
+            Callable::new(function, signature, false)?
+        };
+        Ok(Self { callable, slot: Slot::default(), blocks: Blocks::default() })
+    }
+
+    /// Stores the words, calls, and loads the result.
+    #[inline(always)]
+    pub fn call(&mut self, words: &[u64]) -> u64 {
+        self.slot.set_words(words);
+        self.callable.invoke(&self.slot, &mut self.blocks);
+        self.slot.word(0)
+    }
 }
 
 #[cfg(test)]

@@ -23,6 +23,8 @@ mod serve;
 mod stream;
 
 pub use control::{EXIT_HOST_GONE, EXIT_LIMITS, EXIT_NO_SOCKET, EXIT_PROTOCOL};
+#[doc(hidden)]
+pub use dispatch::InProcess;
 use hotcell_channel::control::WORKER_MARKER;
 
 /// The host's process id, if these are a worker's arguments (without the program's name).
