@@ -211,6 +211,8 @@ impl Session {
         if sys::original_process().load(Relaxed) == 0 {
             return Err(StartError::Forked);
         }
+        // Here, because it allocates, which a call does not.
+        Turns::get();
         let id = NEXT.fetch_add(1, Relaxed);
         let geometry = options.geometry();
         let (region, region_fd) =

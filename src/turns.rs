@@ -89,9 +89,13 @@ impl<S> Step<S> {
 
 impl<S: Clone> Book<S> {
     fn new(places: usize) -> Self {
-        // Room for a few: a call whose thread is noted does not allocate for that.
-        let dense = Vec::with_capacity(64);
-        Self { places, dense, holders: Vec::new(), queue: VecDeque::new() }
+        // Room for as many as there rarely are, so that noting a caller allocates nothing.
+        Self {
+            places,
+            dense: Vec::with_capacity(64),
+            holders: Vec::with_capacity(64),
+            queue: VecDeque::with_capacity(64),
+        }
     }
 
     /// Notes that `thread` makes dense calls. True if there are more such threads than places.
@@ -196,7 +200,7 @@ pub(crate) struct Turns {
 }
 
 impl Turns {
-    /// Those of this process. One caller and its worker need two CPUs.
+    /// Those of this process, made with its first session, so that no call has to. One caller and its worker need two CPUs.
     pub(crate) fn get() -> &'static Self {
         static TURNS: OnceLock<Turns> = OnceLock::new();
         TURNS.get_or_init(|| {

@@ -3,9 +3,10 @@
 #[path = "common/faults.rs"]
 mod faults;
 
+use faults::in_time::{in_time, prepared};
 use faults::{Cell, crashed, eventually, is_gone, napping, next_worker_works, watchdog};
 use hotcell::{
-    Block, CallError, Cause, Function, InOut, Involvement, LoadError, OnDeadline, Out, RemotePtr,
+    Block, CallError, Cause, Function, InOut, Involvement, LoadError, OnDeadline, Out, RemotePtr, Session,
     SessionBuilder, Ticket, WaitPolicy, Worker,
 };
 use std::time::{Duration, Instant};
@@ -142,54 +143,77 @@ fn call_behind_a_slow_one_has_its_own_deadline() {
 
 // Where the timeout comes from.
 
+type Nap = fn(RemotePtr, i32, i32) -> i32;
+
+/// `nap` in a session whose timeout is short; `None` if loading took longer than that.
+fn nap_of(session: &Session) -> Option<Function<Nap>> {
+    prepared(prepared(session.load(faults::faulty()))?.function("nap"))
+}
+
 #[test]
 fn timeout_of_the_call_goes_before_the_sessions_and_that_before_the_workers() {
     let _watchdog = watchdog();
     // Loading has to be done within the short one.
-    let (short, long) = (Duration::from_secs(1), Duration::from_secs(1000));
+    let (shortest, long) = (Duration::from_millis(300), Duration::from_secs(1000));
     let nothing = RemotePtr::NULL;
 
     // The worker's reaches its sessions and their functions.
-    let cell = Cell::in_worker(Worker::builder().timeout(short).spawn().unwrap());
-    assert_eq!(timed_out(cell.nap().call(nothing, NEVER, 0), true), short);
+    in_time(shortest, |short| {
+        let worker = Worker::builder().timeout(short).spawn().unwrap();
+        let nap = nap_of(&worker.session().unwrap())?;
+        assert_eq!(timed_out(nap.call(nothing, NEVER, 0), true), short);
+        Some(())
+    });
 
     // A session with options of its own has its own.
-    let worker = Worker::builder().timeout(long).spawn().unwrap();
-    let session = worker.session_with(SessionBuilder::new().timeout(short)).unwrap();
-    let module = session.load(faults::faulty()).unwrap();
-    let cell = Cell { worker, session, module };
-    assert_eq!(timed_out(cell.nap().call(nothing, NEVER, 0), true), short);
+    in_time(shortest, |short| {
+        let worker = Worker::builder().timeout(long).spawn().unwrap();
+        let nap = nap_of(&worker.session_with(SessionBuilder::new().timeout(short)).unwrap())?;
+        assert_eq!(timed_out(nap.call(nothing, NEVER, 0), true), short);
+        Some(())
+    });
 
     // A function with a timeout of its own has that, in both directions.
-    let cell = Cell::in_worker(Worker::builder().timeout(short).spawn().unwrap());
-    assert_eq!(cell.nap().with_timeout(long).call(nothing, 1200, 3).unwrap(), 3);
-    let shorter = Duration::from_millis(20);
-    assert_eq!(timed_out(cell.nap().with_timeout(shorter).call(nothing, NEVER, 0), true), shorter);
+    in_time(shortest, |short| {
+        let worker = Worker::builder().timeout(short).spawn().unwrap();
+        let nap = nap_of(&worker.session().unwrap())?;
+        let longer = i32::try_from(short.as_millis()).unwrap() + 200;
+        assert_eq!(nap.with_timeout(long).call(nothing, longer, 3).unwrap(), 3);
+        let shorter = Duration::from_millis(20);
+        assert_eq!(timed_out(nap.with_timeout(shorter).call(nothing, NEVER, 0), true), shorter);
+        Some(())
+    });
 
     // By name too.
     let cell = Cell::in_worker(Worker::builder().timeout(long).spawn().unwrap());
     let spin = cell.module.prototype("int spin(void)").unwrap();
-    assert_eq!(timed_out(spin.with_timeout(short).call(()), true), short);
+    assert_eq!(timed_out(spin.with_timeout(shortest).call(()), true), shortest);
 }
 
 #[test]
 fn timeout_of_the_session_holds_for_its_own_work() {
     let _watchdog = watchdog();
-    let after = Duration::from_secs(1);
-    let cell = Cell::in_worker(
-        Worker::builder().timeout(after).on_deadline(OnDeadline::AbandonSession).spawn().unwrap(),
-    );
-    let (gate, wait) = (Gate::new(&cell), wait_for(&cell));
-    // Behind a call that does not return, the session's own work is late too.
-    let running = wait.submit(gate.pointer(), 1).unwrap();
-    assert_eq!(timed_out(cell.session.ping(), false), after);
-    gate.open();
-    assert_eq!(running.wait().unwrap(), 1);
-    eventually("the session is back", || cell.session.ping().is_ok());
-    match cell.session.load(faults::with_constructor("hangs")).map(drop) {
-        Err(LoadError::Call { source, .. }) => assert_eq!(timed_out(Err::<(), _>(source), false), after),
-        other => panic!("{other:?}"),
-    }
+    in_time(Duration::from_millis(300), |after| {
+        let worker =
+            Worker::builder().timeout(after).on_deadline(OnDeadline::AbandonSession).spawn().unwrap();
+        let session = worker.session().unwrap();
+        let module = prepared(session.load(faults::faulty()))?;
+        let wait = prepared(module.function::<fn(RemotePtr, i32) -> i32>("wait_for"))?;
+        let cell = Cell { worker, session, module };
+        let gate = Gate::new(&cell);
+        // Behind a call that does not return, the session's own work is late too.
+        let wait = wait.with_timeout(Duration::MAX);
+        let running = wait.submit(gate.pointer(), 1).unwrap();
+        assert_eq!(timed_out(cell.session.ping(), false), after);
+        gate.open();
+        assert_eq!(running.wait().unwrap(), 1);
+        eventually("the session is back", || cell.session.ping().is_ok());
+        match cell.session.load(faults::with_constructor("hangs")).map(drop) {
+            Err(LoadError::Call { source, .. }) => assert_eq!(timed_out(Err::<(), _>(source), false), after),
+            other => panic!("{other:?}"),
+        }
+        Some(())
+    });
 }
 
 #[test]
@@ -427,31 +451,49 @@ fn crash_of_an_abandoned_call_ends_the_worker_with_its_own_cause() {
 #[test]
 fn abandoned_session_that_is_dropped_leaves_no_thread_once_its_call_returns() {
     let _watchdog = watchdog();
-    let cell = abandoning();
-    let other = Cell::in_worker(cell.worker.clone());
-    let threads = || std::fs::read_dir(format!("/proc/{}/task", other.worker.pid())).unwrap().count();
-    let before = threads();
-    timed_out(cell.nap().with_timeout(SOON).call(RemotePtr::NULL, 1000, 0), false);
-    drop(cell);
-    eventually("the session's thread ends", || threads() < before);
-    assert_eq!(other.add().call(2, 3).unwrap(), 5);
+    in_time(SOON, |soon| {
+        let cell = abandoning();
+        let other = Cell::in_worker(cell.worker.clone());
+        let threads = || std::fs::read_dir(format!("/proc/{}/task", other.worker.pid())).unwrap().count();
+        let before = threads();
+        let longer = i32::try_from(soon.as_millis()).unwrap() * 20;
+        match cell.nap().with_timeout(soon).call(RemotePtr::NULL, longer, 0) {
+            // This thread was held up until the nap was over.
+            Ok(_) => return None,
+            late => timed_out(late, false),
+        };
+        drop(cell);
+        eventually("the session's thread ends", || threads() < before);
+        assert_eq!(other.add().call(2, 3).unwrap(), 5);
+        Some(())
+    });
 }
 
 #[test]
 fn close_that_is_given_up_closes_the_session_when_it_returns() {
     let _watchdog = watchdog();
-    let cell = abandoning();
-    let session = cell.worker.session_with(
-        SessionBuilder::new().timeout(Duration::from_millis(500)).on_deadline(OnDeadline::AbandonSession),
-    );
-    let session = session.unwrap();
-    session.load(faults::with_destructor("sleeps")).unwrap();
-    timed_out(session.close(), false);
-    assert!(matches!(session.ping(), Err(CallError::Abandoned { .. })));
-    // Its thread is gone then: another call must not wait for an answer.
-    eventually("the session is closed", || matches!(session.ping(), Err(CallError::Closed)));
-    assert!(matches!(session.close(), Err(CallError::Closed)));
-    assert_eq!(cell.add().call(2, 3).unwrap(), 5);
+    in_time(Duration::from_millis(200), |timeout| {
+        let longer = (8 * timeout).as_millis().to_string();
+        let cell = Cell::in_worker(Worker::builder().env("SLEEP_MS", longer).spawn().unwrap());
+        let options = SessionBuilder::new().timeout(timeout).on_deadline(OnDeadline::AbandonSession);
+        let session = cell.worker.session_with(options).unwrap();
+        prepared(session.load(faults::with_destructor("sleeps")))?;
+        match session.close() {
+            // This thread was held up until the destructor was over.
+            Ok(()) => return None,
+            late => timed_out(late, false),
+        };
+        match session.ping() {
+            Err(CallError::Abandoned { .. }) => {}
+            Err(CallError::Closed) => return None,
+            other => panic!("{other:?}"),
+        }
+        // Its thread is gone then: another call must not wait for an answer.
+        eventually("the session is closed", || matches!(session.ping(), Err(CallError::Closed)));
+        assert!(matches!(session.close(), Err(CallError::Closed)));
+        assert_eq!(cell.add().call(2, 3).unwrap(), 5);
+        Some(())
+    });
 }
 
 #[test]
@@ -473,9 +515,10 @@ fn close_that_overtakes_an_abandoned_call_closes_the_session() {
     let gate = Gate::new(&cell);
     // A call holds the session's thread, a close waits behind it, and behind that another call, which is given up before the close is served.
     let first = wait_for(&cell).submit(gate.pointer(), 1).unwrap();
+    let before = cell.session.counters().requests;
     std::thread::scope(|scope| {
         let close = scope.spawn(|| cell.session.close());
-        std::thread::sleep(SOON);
+        eventually("the close is sent", || cell.session.counters().requests > before);
         let late = wait_for(&cell).with_timeout(SOON).submit(gate.pointer(), 2).unwrap();
         timed_out(late.wait(), false);
         gate.open();

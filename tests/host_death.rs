@@ -123,7 +123,7 @@ fn host() {
         match unsafe { libc::fork() } {
             0 => {
                 // SAFETY: takes a number. Should all else fail, the child ends by itself.
-                unsafe { libc::alarm(100) };
+                unsafe { libc::alarm(600) };
                 loop {
                     // SAFETY: takes nothing.
                     unsafe { libc::pause() };
@@ -337,7 +337,7 @@ fn fork<T>(handles: T, child_does: impl FnOnce(T), parent_does: impl FnOnce(T)) 
     let child = unsafe { libc::fork() };
     if child == 0 {
         // SAFETY: takes a number. Should the child hang, it ends by itself and the parent sees the signal.
-        unsafe { libc::alarm(60) };
+        unsafe { libc::alarm(300) };
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| child_does(handles)));
         // SAFETY: takes a number and does not return.
         unsafe { libc::_exit(i32::from(done.is_err())) };
@@ -362,9 +362,17 @@ fn a_fork_of_the_host_can_use_nothing_and_harm_nothing() {
         let remote = session.alloc(8).unwrap();
         let ticket = add.submit(40, 2).unwrap();
         let dropped = add.submit(1, 1).unwrap();
+        let mut pipeline = add.pipeline().unwrap();
+        pipeline.send(5, 6).unwrap();
         fork(
-            (worker, session, module, add, by_name, big, ticket, dropped),
-            |(worker, session, module, add, by_name, big, ticket, dropped)| {
+            (worker, session, module, add, by_name, big, ticket, dropped, pipeline),
+            |(worker, session, module, add, by_name, big, ticket, dropped, mut pipeline)| {
+                assert!(!pipeline.is_ready());
+                assert!(matches!(pipeline.receive(), Err(CallError::Forked)));
+                assert!(matches!(pipeline.send(1, 2), Err(CallError::Forked)));
+                assert!(matches!(pipeline.calls([(1, 2)]).next(), Some(Err(CallError::Forked))));
+                assert!(matches!(add.pipeline(), Err(CallError::Forked)));
+                drop(pipeline);
                 assert!(matches!(add.call(1, 2), Err(CallError::Forked)));
                 assert!(matches!(by_name.call((1, 2)), Err(CallError::Forked)));
                 assert!(matches!(add.submit(1, 2), Err(CallError::Forked)));
@@ -380,7 +388,12 @@ fn a_fork_of_the_host_can_use_nothing_and_harm_nothing() {
                 worker.dispose();
                 drop((dropped, ticket, big, by_name, add, module, session, worker));
             },
-            |(worker, session, _module, add, by_name, big, ticket, dropped)| {
+            |(worker, session, _module, add, by_name, big, ticket, dropped, mut pipeline)| {
+                pipeline.send(7, 8).unwrap();
+                assert_eq!(pipeline.receive().unwrap(), Some(11));
+                assert_eq!(pipeline.receive().unwrap(), Some(15));
+                assert_eq!(pipeline.receive().unwrap(), None);
+                drop(pipeline);
                 assert_eq!(ticket.wait().unwrap(), 42);
                 drop(dropped);
                 assert_eq!(add.call(1, 2).unwrap(), 3);

@@ -51,7 +51,9 @@ int lock_down(uint32_t allowed) {
 
 /// Most calls of each kind that are made under the filter.
 const CALLS: u32 = 100_000;
-/// Where the machine is so busy that they would take longer than this, fewer are made.
+/// At least as many, however long they take.
+const CALLS_MIN: u32 = 101;
+/// Where the machine is so busy that the others would take longer than this, fewer are made.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Counts what the calling thread allocates.
@@ -199,9 +201,13 @@ impl Calls {
     }
 
     fn warm_up(&mut self) {
+        let start = Instant::now();
         for i in 0..300 {
             for (kind, name) in KINDS.iter().enumerate() {
                 assert!(self.make(kind, i), "{name}");
+            }
+            if i >= CALLS_MIN && start.elapsed() > PATIENCE {
+                return;
             }
         }
     }
@@ -215,7 +221,7 @@ impl Calls {
                     return Err(kind);
                 }
             }
-            if i % 64 == 0 && start.elapsed() > PATIENCE {
+            if i >= CALLS_MIN && i % 64 == 0 && start.elapsed() > PATIENCE {
                 return Ok(i + 1);
             }
         }
@@ -237,16 +243,24 @@ fn calls_allocate_nothing() {
             let worker = Worker::builder().session_defaults(options).spawn().unwrap();
             let mut calls = Calls::new(&worker);
             calls.warm_up();
+            let mut all = 0;
             for (kind, name) in KINDS.iter().enumerate() {
+                let start = Instant::now();
                 let made = allocations_of(|| {
                     for i in 0..1000 {
                         assert!(calls.make(kind, i));
+                        all += 1;
+                        // A busy machine takes a time slice for each.
+                        if i >= CALLS_MIN && start.elapsed() > PATIENCE / 10 {
+                            break;
+                        }
                     }
                 });
                 assert_eq!(made, 0, "{name} under {policy:?}, measured: {latencies}");
             }
+            // One call in 17, if it is not submitted.
             assert_eq!(
-                calls._session.latencies().map(|measured| measured.count() > 500),
+                calls._session.latencies().map(|measured| measured.count() > all / 34),
                 latencies.then_some(true)
             );
         }
@@ -312,7 +326,7 @@ fn the_caller_makes_no_syscall() {
         eprintln!("locking down; at most {CALLS} calls of {} kinds", KINDS.len());
         lock_this_thread_down();
         match calls.make_many() {
-            Ok(made) if made > 100 => end_with(0),
+            Ok(made) if made >= CALLS_MIN => end_with(0),
             Ok(_) => end_with(TOO_FEW),
             Err(kind) => end_with(WRONG_RESULT + i32::try_from(kind).unwrap_or(0)),
         }
@@ -348,7 +362,7 @@ fn the_worker_makes_no_syscall() {
     let made =
         calls.make_many().unwrap_or_else(|kind| panic!("{}: {:?}", KINDS[kind], worker.crash_report()));
     eprintln!("{made} calls of each kind");
-    assert!(made > 100 && worker.is_alive());
+    assert!(made >= CALLS_MIN && worker.is_alive());
     // Now one that does: unloading and closing cannot be done without.
     drop(calls);
     let report = until("the worker to end", || worker.crash_report());

@@ -21,7 +21,7 @@ fn session() -> Session {
     static WATCHDOG: Once = Once::new();
     WATCHDOG.call_once(|| {
         std::thread::spawn(|| {
-            std::thread::sleep(Duration::from_secs(120));
+            std::thread::sleep(Duration::from_secs(600));
             eprintln!("a test hangs: these are over within seconds");
             std::process::abort();
         });

@@ -25,22 +25,31 @@ fn processes_of_an_ordinary_user_are_limited() {
     std::fs::copy(greedy::greedy(), &library).unwrap();
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::set_permissions(&library, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut attempts = greedy::ATTEMPTS;
     if geteuid().is_root() {
         let (user, group) = (Uid::from_raw(1_000_000 + std::process::id()), Gid::from_raw(65534));
         setgroups(&[]).unwrap();
         setresgid(group, group, group).unwrap();
         setresuid(user, user, user).unwrap();
+        attempts = 1;
     }
-    let worker = Worker::builder().processes_max(12).spawn().unwrap();
-    let session = worker.session().unwrap();
-    let threads = session.load(library).unwrap().function::<fn(i32) -> i32>("threads").unwrap();
-    let started = threads.call(1000).unwrap();
-    assert!((1..=12).contains(&started), "{started}");
-    match worker.session().map(drop) {
-        Err(error @ StartError::Scarce { what: Scarce::Processes }) => {
-            assert_eq!(error.code(), "ERR_PROCESSES_EXCEEDED");
+    for _ in 0..attempts {
+        let worker = Worker::builder().processes_max(12).spawn().unwrap();
+        let session = match worker.session() {
+            Err(StartError::Scarce { what: Scarce::Processes }) if attempts > 1 => continue,
+            opened => opened.unwrap(),
+        };
+        let threads = session.load(&*library).unwrap().function::<fn(i32) -> i32>("threads").unwrap();
+        let started = threads.call(1000).unwrap();
+        let second = worker.session().map(drop);
+        session.ping().unwrap();
+        match second {
+            Err(error @ StartError::Scarce { what: Scarce::Processes }) if (1..=12).contains(&started) => {
+                assert_eq!(error.code(), "ERR_PROCESSES_EXCEEDED");
+                return;
+            }
+            other => eprintln!("{started} threads were started, and then: {other:?}"),
         }
-        other => panic!("{other:?}"),
     }
-    session.ping().unwrap();
+    panic!("in {attempts} attempts the limit was never seen");
 }

@@ -3,6 +3,7 @@
 #[path = "common/faults.rs"]
 mod faults;
 
+use faults::in_time::{in_time, prepared};
 use faults::{
     Cell, build, exited, faulty, is_gone, next_worker_works, signaled, watchdog, with_constructor,
     with_destructor,
@@ -410,12 +411,15 @@ fn destructor_that_crashes_is_told_by_close() {
 #[test]
 fn destructor_that_hangs_is_ended_by_the_deadline() {
     let _watchdog = watchdog();
-    let worker = Worker::builder().timeout(Duration::from_secs(1)).spawn().unwrap();
-    let session = worker.session().unwrap();
-    session.load(with_destructor("hangs")).unwrap();
-    let error = session.close().unwrap_err();
-    assert!(matches!(error, CallError::TimedOut { worker_killed: true, .. }), "{error:?}");
-    is_gone(worker.pid());
+    in_time(Duration::from_millis(500), |timeout| {
+        let worker = Worker::builder().timeout(timeout).spawn().unwrap();
+        let session = worker.session().unwrap();
+        prepared(session.load(with_destructor("hangs")))?;
+        let error = session.close().unwrap_err();
+        assert!(matches!(error, CallError::TimedOut { worker_killed: true, .. }), "{error:?}");
+        is_gone(worker.pid());
+        Some(())
+    });
 }
 
 #[test]

@@ -250,7 +250,9 @@ fn requests_wait_in_the_order_of_arrival_and_one_that_gives_up_leaves_no_hole() 
 #[test]
 fn closing_a_session_frees_its_thread_its_memory_and_its_modules_at_once() {
     isolated("closing_a_session_frees_its_thread_its_memory_and_its_modules_at_once", 120, || {
-        let supervisor = patient(Topology::Shared).sessions_max(2).build().unwrap();
+        // A dropped session is waited for no longer than the grace period.
+        let worker = Worker::builder().grace(LONG);
+        let supervisor = patient(Topology::Shared).worker(worker).sessions_max(2).build().unwrap();
         let stays = open(&supervisor, "stays");
         let worker = pid(&stays);
         let is_loaded =

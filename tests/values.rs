@@ -7,12 +7,15 @@
 )]
 
 mod common;
+#[path = "common/in_time.rs"]
+mod in_time;
 
 use hotcell::bytemuck::{Pod, Zeroable};
 use hotcell::{
     Arg, Block, CallError, Callback, In, InOut, Module, Nullable, OnDeadline, Out, RemotePtr, Session,
     SessionBuilder, Signature, Type, Value, WithErrno, Worker,
 };
+use in_time::{in_time, prepared};
 use std::ffi::{CStr, CString};
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
@@ -93,8 +96,12 @@ void sleep_ms(int ms) { usleep(ms * 1000); }
 int add(int a, int b) { return a + b; }
 "#;
 
+fn fixture() -> std::path::PathBuf {
+    common::compile("values", FIXTURE, &[])
+}
+
 fn module_in(session: &Session) -> Module {
-    session.load(common::compile("values", FIXTURE, &[])).unwrap()
+    session.load(fixture()).unwrap()
 }
 
 fn module() -> Module {
@@ -291,7 +298,7 @@ fn a_returned_string_that_is_none_crashes_like_any_use_of_it() {
 #[test]
 fn a_long_string_needs_no_free_slot() {
     let _dog = common::watchdog(120);
-    let module = module_with(SessionBuilder::new().slots(2).timeout(Duration::from_secs(5)));
+    let module = module_with(SessionBuilder::new().slots(2).timeout(Duration::from_secs(60)));
     let add = module.function::<fn(i32, i32) -> i32>("add").unwrap();
     let text = module.function::<fn(usize) -> CString>("text_of").unwrap();
     let by_name = module.prototype("const char *text_of(size_t)").unwrap();
@@ -996,27 +1003,37 @@ fn a_deadline_is_the_functions_or_the_sessions_or_the_workers() {
     // The worker's, for a session that sets none; a function's own goes before it, both shorter and longer.
     for by_name in [false, true] {
         for own in [None, Some(ms(70))] {
-            let worker = Worker::builder().timeout(ms(200)).spawn().unwrap();
-            let module = module_in(&worker.session().unwrap());
-            let error = if by_name {
-                let sleep = module.prototype("void sleep_ms(int)").unwrap();
-                sleep.with_timeout(long).call([500]).unwrap();
-                own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call([forever]).unwrap_err()
-            } else {
-                let sleep = module.function::<fn(i32)>("sleep_ms").unwrap();
-                sleep.with_timeout(long).call(500).unwrap();
-                own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call(forever).unwrap_err()
-            };
-            assert_says(&error, &["sleep_ms", module.name(), "killed"]);
-            assert_eq!(timed_out(error), (own.unwrap_or(ms(200)), true));
+            in_time(ms(200), |short| {
+                let worker = Worker::builder().timeout(short).spawn().unwrap();
+                let module = prepared(worker.session().unwrap().load(fixture()))?;
+                let longer = i32::try_from(short.as_millis()).unwrap() + 200;
+                let error = if by_name {
+                    let sleep = prepared(module.prototype("void sleep_ms(int)"))?;
+                    sleep.with_timeout(long).call([longer]).unwrap();
+                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call([forever]).unwrap_err()
+                } else {
+                    let sleep = prepared(module.function::<fn(i32)>("sleep_ms"))?;
+                    sleep.with_timeout(long).call(longer).unwrap();
+                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call(forever).unwrap_err()
+                };
+                assert_says(&error, &["sleep_ms", module.name(), "killed"]);
+                assert_eq!(timed_out(error), (own.unwrap_or(short), true));
+                Some(())
+            });
         }
     }
     // The session's own goes before the worker's.
-    let worker = Worker::builder().timeout(ms(1)).spawn().unwrap();
-    let module = module_in(&worker.session_with(SessionBuilder::new().timeout(ms(300))).unwrap());
-    let sleep = module.function::<fn(i32)>("sleep_ms").unwrap();
-    sleep.call(20).unwrap();
-    assert_eq!(timed_out(sleep.call(forever).unwrap_err()), (ms(300), true));
+    in_time(ms(300), |short| {
+        let worker = Worker::builder().timeout(ms(1)).spawn().unwrap();
+        let session = worker.session_with(SessionBuilder::new().timeout(short)).unwrap();
+        let sleep = prepared(prepared(session.load(fixture()))?.function::<fn(i32)>("sleep_ms"))?;
+        if let Err(late) = sleep.call(20) {
+            timed_out(late);
+            return None;
+        }
+        assert_eq!(timed_out(sleep.call(forever).unwrap_err()), (short, true));
+        Some(())
+    });
 
     // A ticket's deadline is its function's too.
     let module = self::module();
@@ -1026,21 +1043,27 @@ fn a_deadline_is_the_functions_or_the_sessions_or_the_workers() {
     assert!(matches!(error, CallError::Crashed(_)) && !error.may_have_run(), "{error:?}");
 
     // Given up instead of killed, and usable again.
-    let options = SessionBuilder::new().timeout(ms(100)).on_deadline(OnDeadline::AbandonSession);
-    let worker = Worker::spawn().unwrap();
-    let module = module_in(&worker.session_with(options).unwrap());
-    let sleep = module.function::<fn(i32)>("sleep_ms").unwrap();
-    let add = module.function::<fn(i32, i32) -> i32>("add").unwrap();
-    assert_eq!(timed_out(sleep.call(1500).unwrap_err()), (ms(100), false));
-    match add.call(1, 2) {
-        Err(error @ CallError::Abandoned { .. }) => {
-            assert_says(&error, &["sleep_ms", module.name()]);
-            assert!(!error.may_have_run() && error.session_usable());
+    in_time(ms(100), |short| {
+        let options = SessionBuilder::new().timeout(short).on_deadline(OnDeadline::AbandonSession);
+        let worker = Worker::spawn().unwrap();
+        let module = prepared(worker.session_with(options).unwrap().load(fixture()))?;
+        let sleep = prepared(module.function::<fn(i32)>("sleep_ms"))?;
+        let add = prepared(module.function::<fn(i32, i32) -> i32>("add"))?.with_timeout(long);
+        let Err(late) = sleep.call(15 * i32::try_from(short.as_millis()).unwrap()) else {
+            // This thread was held up until the sleep was over.
+            return None;
+        };
+        assert_eq!(timed_out(late), (short, false));
+        match add.call(1, 2) {
+            Err(error @ CallError::Abandoned { .. }) => {
+                assert_says(&error, &["sleep_ms", module.name()]);
+                assert!(!error.may_have_run() && error.session_usable());
+            }
+            Ok(3) => return None,
+            other => panic!("{other:?}"),
         }
-        // A machine so slow that the sleep is over.
-        Ok(3) => eprintln!("the abandoned call was over before it could be seen"),
-        other => panic!("{other:?}"),
-    }
-    assert!(common::wait_until(Duration::from_secs(60), || matches!(add.call(1, 2), Ok(3))));
-    assert!(worker.is_alive());
+        assert!(common::wait_until(Duration::from_secs(300), || matches!(add.call(1, 2), Ok(3))));
+        assert!(worker.is_alive());
+        Some(())
+    });
 }

@@ -1,6 +1,6 @@
 //! Where a session's thread and memory lie, for hosts that own their cores: what the host asks for, and how each side does its part.
 //!
-//! The worker places the session's thread ([`place_thread`]); both sides back their own mapping of the region ([`back`]). Each step reads back from the kernel what
+//! The worker places the session's thread (`place_thread`); both sides back their own mapping of the region ([`back`]). Each step reads back from the kernel what
 //! became of it. A step that the kernel refuses ends the opening of the session with a [`Failure`]: nothing that was asked for is left out in silence.
 //!
 //! Order: the CPU before the memory, so that pages are mapped where they are used; pages before huge pages, which are made of them; the lock last, on what is there.

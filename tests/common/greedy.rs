@@ -12,6 +12,8 @@ use hotcell::{
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// No call of these is to end by its deadline, unless that is what it is about.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 /// A limit that no test comes near by accident, and a runaway is soon at.
 const CPU: Duration = Duration::from_millis(100);
 /// Room for the C library, the module and little more.
@@ -150,13 +152,14 @@ pub(crate) fn runaway_constructor_ends_its_load(builder: WorkerBuilder) {
 
 pub(crate) fn calls_that_stay_below_their_cpu_time_are_left_alone(builder: WorkerBuilder) {
     let _watchdog = watchdog();
-    let cell = Cell::new(builder.cpu_time_per_call(Duration::from_millis(200)));
-    // Together much more than one may use, each less.
+    // Far from each other: what a virtual machine's host takes from it may be counted as used.
+    let cell = Cell::new(builder.cpu_time_per_call(Duration::from_secs(1)));
+    // Together more than one may use, each much less.
     for _ in 0..30 {
         assert_eq!(cell.f1("burn_ms").call(50).unwrap(), 50);
     }
     // Sleeping is not using.
-    assert_eq!(cell.f1("nap_ms").call(600).unwrap(), 600);
+    assert_eq!(cell.f1("nap_ms").call(1500).unwrap(), 1500);
     assert!(cell.worker.is_alive());
 }
 
@@ -186,7 +189,10 @@ pub(crate) fn worker_that_uses_up_its_cpu_time_between_calls_ends(builder: Worke
     let _watchdog = watchdog();
     let max = Duration::from_millis(500);
     let cell = Cell::new(builder.cpu_time_max(max));
-    assert_eq!(cell.f1("in_thread").call(0).unwrap(), 0);
+    // It may end before the call that starts it has returned.
+    if let Err(error) = cell.f1("in_thread").call(0) {
+        assert!(error.crash_report().is_some(), "{error:?}");
+    }
     let report = cell.end();
     assert_eq!(*report.cause(), cpu_time(Limited::Worker, max), "{report}");
     assert_eq!(report.exit_code(), Some(124));
@@ -340,24 +346,36 @@ pub(crate) fn open_files_run_out_for_calls_modules_and_sessions(builder: WorkerB
     assert_eq!(cell.module.function::<fn(i32, i32) -> i32>("add").unwrap().call(2, 3).unwrap(), 5);
 }
 
+/// How often a limit is looked for that counts what the same user runs elsewhere, such as the other tests, and so may be met too early or too late.
+pub(crate) const ATTEMPTS: u32 = 50;
+
 /// What root gets without a control group: no promise that cannot be kept.
 pub(crate) fn processes_are_limited_or_refused(builder: WorkerBuilder) {
     let _watchdog = watchdog();
-    let worker = match builder.processes_max(10).spawn() {
-        Ok(worker) => worker,
-        Err(error @ StartError::LimitUnavailable { option: "processes_max", .. }) => {
-            eprintln!("processes_max is refused here: {error}");
-            assert_eq!(error.code(), "ERR_LIMIT_UNAVAILABLE");
-            assert!(error.to_string().contains("root"), "{error}");
+    for _ in 0..ATTEMPTS {
+        let worker = match builder.clone().processes_max(10).spawn() {
+            Ok(worker) => worker,
+            Err(error @ StartError::LimitUnavailable { option: "processes_max", .. }) => {
+                eprintln!("processes_max is refused here: {error}");
+                assert_eq!(error.code(), "ERR_LIMIT_UNAVAILABLE");
+                assert!(error.to_string().contains("root"), "{error}");
+                return;
+            }
+            Err(other) => panic!("{other:?}"),
+        };
+        eprintln!("processes_max is in force here");
+        let session = match worker.session() {
+            Err(StartError::Scarce { what: Scarce::Processes }) => continue,
+            opened => opened.unwrap(),
+        };
+        let threads = session.load(greedy()).unwrap().function::<fn(i32) -> i32>("threads").unwrap();
+        let started = threads.call(1000).unwrap();
+        if (1..=10).contains(&started) {
             return;
         }
-        Err(other) => panic!("{other:?}"),
-    };
-    eprintln!("processes_max is in force here");
-    let session = worker.session().unwrap();
-    let threads = session.load(greedy()).unwrap().function::<fn(i32) -> i32>("threads").unwrap();
-    let started = threads.call(1000).unwrap();
-    assert!((1..1000).contains(&started), "{started}");
+        eprintln!("{started} threads were started: others of this user have come or gone");
+    }
+    panic!("in {ATTEMPTS} attempts the limit was never seen");
 }
 
 pub(crate) fn blocks_run_out_and_come_back(builder: WorkerBuilder) {
@@ -503,8 +521,7 @@ macro_rules! each_limit {
         $(#[test]
         fn $case() {
             // Nothing here is about time on the clock, however slow the machine is.
-            let patient = std::time::Duration::from_secs(100);
-            greedy::$case($builder.timeout(patient).start_timeout(patient));
+            greedy::$case($builder.timeout(greedy::PATIENCE).start_timeout(greedy::PATIENCE));
         })+
     };
 }

@@ -269,6 +269,27 @@ fn memory_that_the_host_asks_for_counts() {
 }
 
 #[test]
+fn a_session_with_a_limit_has_no_pipelines() {
+    let _watchdog = watchdog();
+    let worker = worker().spawn().unwrap();
+    let limited = load(&limited(&worker, 16 * MIB));
+    let labs = |module: &Module| module.function::<fn(i64) -> i64>("labs").unwrap();
+    match labs(&limited).pipeline() {
+        Err(CallError::PipelineUnsupported { function }) => {
+            assert!(function.to_string().contains("labs"), "{function}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(labs(&limited).call(-7).unwrap(), 7, "the session goes on");
+    assert_eq!(labs(&limited).submit(-8).unwrap().wait().unwrap(), 8);
+    let free = load(&worker.session().unwrap());
+    let labs = labs(&free);
+    let mut pipeline = labs.pipeline().unwrap();
+    pipeline.send(-9).unwrap();
+    assert_eq!(pipeline.receive().unwrap(), Some(9), "one without a limit beside it has them");
+}
+
+#[test]
 fn threads_of_a_module_allocate_for_its_session() {
     let _watchdog = watchdog();
     let worker = worker().spawn().unwrap();

@@ -9,6 +9,7 @@ pub mod floor;
 pub mod measure;
 pub mod memory;
 pub mod peers;
+pub mod pipeline;
 pub mod process;
 pub mod report;
 pub mod roster;

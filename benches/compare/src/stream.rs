@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use hotcell::{Function, Ticket};
+use hotcell_channel::sys::prefetch_for_write;
 
 use crate::Result;
 use crate::cell::Cell;
@@ -20,13 +21,16 @@ pub const STREAM: &str = "floor/stream";
 
 /// Calls that are sent, and whose results come back in the same order.
 pub trait Stream {
+    /// How many can be in flight.
+    const ROOM: u64 = 256;
+
     fn send(&mut self, a: i32, b: i32);
     fn receive(&mut self) -> i32;
     fn wake(&mut self) {}
     fn rest(&mut self) {}
 }
 
-/// `CALLS` calls are sent, then all their results are received.
+/// `CALLS` calls are sent, then all their results are received. If there is no room for all of them, the last are sent one by one as results come.
 pub struct Burst<S, const CALLS: usize>(pub S);
 
 impl<S: Stream, const CALLS: usize> Row for Burst<S, CALLS> {
@@ -34,9 +38,17 @@ impl<S: Stream, const CALLS: usize> Row for Burst<S, CALLS> {
 
     #[inline(always)]
     fn step(&mut self, number: u64) {
-        let calls = || (0..CALLS as u64).map(|call| operands(number + call));
-        calls().for_each(|(a, b)| self.0.send(a, b));
-        calls().for_each(|sent| check(self.0.receive(), sent));
+        let (count, sum) = (CALLS as u64, |call| operands(number + call));
+        let mut received = 0;
+        for call in 0..count {
+            if call >= S::ROOM {
+                check(self.0.receive(), sum(received));
+                received += 1;
+            }
+            let (a, b) = sum(call);
+            self.0.send(a, b);
+        }
+        (received..count).for_each(|call| check(self.0.receive(), sum(call)));
     }
 
     fn wake(&mut self) {
@@ -99,7 +111,7 @@ impl<S: Stream> Row for Sustained<S> {
 }
 
 /// A ring of records each way, one cache line a call each way, and two processes that spin. A record's state is the number of its call, so each line says by
-/// itself whose turn it is; nothing else is shared. The caller never has more in flight than the rings hold, so nobody looks for room.
+/// itself whose turn it is; nothing else is shared. Each side asks early for the lines that it is about to write, as ours does. The caller never has more in flight than the rings hold, so nobody looks for room.
 pub struct BareStream {
     shared: Shared<Record>,
     peer: Peer,
@@ -108,6 +120,8 @@ pub struct BareStream {
 }
 
 const RECORDS: u32 = 256;
+/// How far ahead the next lines are asked for.
+const AHEAD: u32 = 4;
 const BYTES: usize = 2 * RECORDS as usize * size_of::<Record>();
 /// In the first record's state: the peer goes back to its gate, and says so by [`AT_GATE`].
 const LEAVE: u32 = 1;
@@ -143,6 +157,7 @@ impl Stream for BareStream {
         let record = record(&self.shared, 0, self.sent);
         record.write_request(a, b);
         record.state.store(written(self.sent), Ordering::Release);
+        prefetch_for_write(self::record(&self.shared, 0, self.sent.wrapping_add(AHEAD)));
         self.sent = self.sent.wrapping_add(1);
     }
 
@@ -180,6 +195,7 @@ pub fn serve(mut caller: Caller) -> Result<()> {
                 let reply = record(&shared, 1, number);
                 reply.write_request(crate::add(a as i32, b as i32), 0);
                 reply.state.store(written(number), Ordering::Release);
+                prefetch_for_write(record(&shared, 1, number.wrapping_add(AHEAD)));
                 number = number.wrapping_add(1);
             } else if shared.state.load(Ordering::Acquire) == LEAVE {
                 break;
@@ -192,7 +208,7 @@ pub fn serve(mut caller: Caller) -> Result<()> {
     Ok(())
 }
 
-type Add = fn(i32, i32) -> i32;
+pub type Add = fn(i32, i32) -> i32;
 
 /// Our own calls by ticket.
 pub struct Tickets {

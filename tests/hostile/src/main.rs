@@ -33,7 +33,7 @@ fn main() {
     // The host's spawner blocks all signals, and the liar would inherit that.
     hotcell_channel::sys::reset_signals();
     // A liar that nobody kills goes by itself.
-    process::end_after_seconds(100);
+    process::end_after_seconds(600);
     let lie = Lie::from_environment();
     let Some(peer) = Peer::from_stdin() else {
         eprintln!("hotcell-hostile plays a worker; only a host can start it");

@@ -58,7 +58,7 @@ fn grandchild(body: impl FnOnce()) {
     match unsafe { fork() } {
         Ok(ForkResult::Child) => {
             // The parent's alarm is not inherited.
-            end_after_seconds(60);
+            end_after_seconds(600);
             body();
             die(0)
         }

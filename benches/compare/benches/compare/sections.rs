@@ -10,6 +10,7 @@ use hotcell_compare::cpus::Cpus;
 use hotcell_compare::floor::{self, CopyRow, FutexRow, MemcpyRow, TwoLinesRow};
 use hotcell_compare::measure::AfterPause;
 use hotcell_compare::peers;
+use hotcell_compare::pipeline::Pipelined;
 use hotcell_compare::report::Report;
 use hotcell_compare::roster::{PLACES, Roster};
 use hotcell_compare::stream::{BareStream, Burst, STREAM, Stream, Sustained, Tickets};
@@ -83,6 +84,7 @@ fn call_verdicts(report: &Report) -> Vec<Verdict> {
     ]
 }
 
+const PIPELINE: &str = "pipeline";
 const TICKETS: &str = "tickets";
 const BURSTS: [&str; 3] = ["16 a burst", "256 a burst", "sustained"];
 
@@ -110,6 +112,7 @@ fn bursts(roster: &mut Roster, cpus: &Cpus) -> Result<()> {
         Cell::open_with(cpus, Adaptive, Worker::builder(), session)
     };
     add_bursts(roster, STREAM, None, || BareStream::open(cpus));
+    add_bursts(roster, PIPELINE, Some(STREAM), || Pipelined::new(&cell()?));
     add_bursts(roster, TICKETS, Some(STREAM), || Tickets::new(&cell()?));
     Ok(())
 }
@@ -122,7 +125,7 @@ fn burst_verdicts(report: &Report) -> Vec<Verdict> {
             |view| view.ratio(&burst_name(row, burst), &burst_name(STREAM, burst)),
         )
     };
-    [TICKETS].into_iter().flat_map(|row| BURSTS.map(|burst| (row, burst))).map(verdict).collect()
+    BURSTS.map(|burst| (PIPELINE, burst)).map(verdict).into()
 }
 
 const SIZES: [(&str, usize); 4] =
