@@ -13,6 +13,7 @@ use hotcell_channel::signature::{Class, Signature, Type};
 use hotcell_channel::slot::Slot;
 use std::ffi::{CStr, CString};
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -611,12 +612,29 @@ pub trait FunctionType: Sealed {
     fn store(words: &Self::Words, slot: &Slot);
     #[doc(hidden)]
     fn from_word(word: u64, session: &SessionInner) -> Self::Output;
+    /// Whether the result is a string.
     #[doc(hidden)]
-    fn encode(
+    const STRING: bool;
+    /// The payload that a call needs.
+    #[doc(hidden)]
+    fn need(values: &Self::Values<'_>) -> Need;
+    /// Lays arguments into a slot and into payload that was reserved for [`FunctionType::need`]. Gives their words, and the address of the room for a returned string.
+    #[doc(hidden)]
+    fn lay(
         values: &mut Self::Values<'_>,
         frame: &mut Frame<'_>,
         name: &FunctionName,
     ) -> Result<(Self::Words, u64), CallError>;
+    #[doc(hidden)]
+    #[inline(always)]
+    fn encode(
+        values: &mut Self::Values<'_>,
+        frame: &mut Frame<'_>,
+        name: &FunctionName,
+    ) -> Result<(Self::Words, u64), CallError> {
+        frame.reserve(Self::need(values), || name.clone())?;
+        Self::lay(values, frame, name)
+    }
     #[doc(hidden)]
     fn finish(
         values: Self::Values<'_>,
@@ -716,10 +734,12 @@ impl<F: FunctionType> Function<F> {
     #[inline(always)]
     pub fn call_tuple(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         if !F::IS_WORDS {
-            return match self.session.claim_direct() {
-                Some(frame) => self.call_in(frame, values),
-                None => self.call_elsewhere(values),
-            };
+            if !F::STRING
+                && let Some(frame) = self.session.claim_straight(F::need(&values))
+            {
+                return self.attempt_straight(frame, values, || true).map_err(|failed| failed.error);
+            }
+            return self.call_framed(values);
         }
         if let Some(words) = F::words(&values, &self.session) {
             match self.session.call_straight(&self.target, |slot| F::store(&words, slot)) {
@@ -729,6 +749,15 @@ impl<F: FunctionType> Function<F> {
             }
         }
         self.call_elsewhere(values)
+    }
+
+    /// A call with a payload that [`SessionInner::claim_straight`] has no place for.
+    #[inline(never)]
+    fn call_framed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
+        match self.session.claim_direct() {
+            Some(frame) => self.call_in(frame, values),
+            None => self.call_elsewhere(values),
+        }
     }
 
     #[inline(never)]
@@ -770,10 +799,12 @@ impl<F: FunctionType> Function<F> {
         still: impl Fn() -> bool,
     ) -> Result<F::Output, Failed<F::Values<'a>>> {
         if !F::IS_WORDS {
-            return match self.session.claim_direct() {
-                Some(frame) => self.attempt_in(frame, values, still),
-                None => self.attempt_elsewhere(values, still),
-            };
+            if !F::STRING
+                && let Some(frame) = self.session.claim_straight(F::need(&values))
+            {
+                return self.attempt_straight(frame, values, still);
+            }
+            return self.attempt_framed(values, still);
         }
         if let Some(words) = F::words(&values, &self.session) {
             match self.session.call_straight_if(&self.target, &still, |slot| F::store(&words, slot)) {
@@ -783,6 +814,46 @@ impl<F: FunctionType> Function<F> {
             }
         }
         self.attempt_elsewhere(values, still)
+    }
+
+    /// A whole call with a payload in the direct slot's scratch, in a straight line: see [`SessionInner::call_straight`].
+    #[inline(always)]
+    fn attempt_straight<'a>(
+        &self,
+        mut frame: ManuallyDrop<Frame<'_>>,
+        mut values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        if !still() {
+            self.session.release_straight();
+            return Err(Failed { error: CallError::Closed, values: Some(values) });
+        }
+        let (words, string) = match F::lay(&mut values, &mut frame, &self.target.name) {
+            Ok(laid) => laid,
+            Err(error) => {
+                self.session.release_straight();
+                return Err(Failed { error, values: Some(values) });
+            }
+        };
+        if let Some(error) = self.session.run_straight(&self.target, &frame) {
+            return Err(Failed { error: *error, values: Some(values) });
+        }
+        let output = F::finish(values, words, string, &frame, &self.target.name);
+        self.session.release_straight();
+        output.map_err(|error| Failed { error, values: None })
+    }
+
+    /// [`Function::call_framed`] for [`Function::attempt`].
+    #[inline(never)]
+    fn attempt_framed<'a>(
+        &self,
+        values: F::Values<'a>,
+        still: impl Fn() -> bool,
+    ) -> Result<F::Output, Failed<F::Values<'a>>> {
+        match self.session.claim_direct() {
+            Some(frame) => self.attempt_in(frame, values, still),
+            None => self.attempt_elsewhere(values, still),
+        }
     }
 
     #[inline(never)]
@@ -949,6 +1020,7 @@ macro_rules! arities {
             const ERRNO: bool = R::ERRNO;
             const TYPES: &'static [Type] = &[$($P::TYPE),*];
             const IS_WORDS: bool = R::FROM_WORD $(&& $P::IS_WORD)*;
+            const STRING: bool = R::STRING;
 
             #[inline(always)]
             #[allow(unused_variables, unused_mut)]
@@ -973,18 +1045,23 @@ macro_rules! arities {
             }
 
             #[inline(always)]
-            #[allow(unused_variables, unused_mut)]
-            fn encode(
-                values: &mut Self::Values<'_>,
-                frame: &mut Frame<'_>,
-                name: &FunctionName,
-            ) -> Result<(Self::Words, u64), CallError> {
+            #[allow(unused_variables)]
+            fn need(values: &Self::Values<'_>) -> Need {
                 let mut need = Need::default();
                 $($P::need(&values.$i, &mut need);)*
                 if R::STRING {
                     need.add(STRING_ROOM);
                 }
-                frame.reserve(need, || name.clone())?;
+                need
+            }
+
+            #[inline(always)]
+            #[allow(unused_variables, unused_mut)]
+            fn lay(
+                values: &mut Self::Values<'_>,
+                frame: &mut Frame<'_>,
+                name: &FunctionName,
+            ) -> Result<(Self::Words, u64), CallError> {
                 let words: Self::Words = [$($P::encode(&mut values.$i, frame, name)?),*];
                 $(frame.set(const { word_index(<Self as FunctionType>::TYPES, $i) }, words[$i]);)*
                 let mut string = 0;

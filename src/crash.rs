@@ -210,6 +210,8 @@ impl Involvement {
 pub(crate) struct Death {
     pub(crate) pid: u32,
     pub(crate) cause: Cause,
+    /// The worker has said hello: its program is one that hotcell can use.
+    pub(crate) greeted: bool,
     pub(crate) usage: Usage,
     pub(crate) facts: Option<CrashFacts>,
     /// The calls that were running, session by session.
@@ -373,6 +375,11 @@ impl fmt::Display for CrashReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let death = &self.death;
         death.headline(f)?;
+        if !death.greeted && matches!(death.cause, Cause::Exited { .. }) {
+            f.write_str(
+                "\n  it never said hello: is its program (WorkerBuilder::program, HOTCELL_WORKER) the hotcell-worker of this version?",
+            )?;
+        }
         if let Some(function) = &self.function {
             match self.involvement {
                 Involvement::Culprit => {}

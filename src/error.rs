@@ -12,18 +12,24 @@ use thiserror::Error;
 
 pub use hotcell_channel::control::Mismatch;
 
+/// What stands for the symbol where a module was being loaded.
+pub(crate) const LOAD: &str = "(load)";
+
 /// A function of a module, as errors and reports name it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FunctionName {
     /// The module as it was loaded: a path or a soname.
     pub module: Arc<str>,
-    /// The symbol.
+    /// The symbol; `(load)` where the module was being loaded.
     pub symbol: Arc<str>,
 }
 
 impl std::fmt::Display for FunctionName {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} of {}", self.symbol, self.module)
+        match &*self.symbol {
+            LOAD => write!(f, "the load of {}", self.module),
+            symbol => write!(f, "{symbol} of {}", self.module),
+        }
     }
 }
 
@@ -80,8 +86,8 @@ pub enum StartError {
         /// The worker's reason; untrusted text, bounded.
         reason: String,
     },
-    /// The worker was disposed.
-    #[error("the worker was disposed")]
+    /// The worker was disposed, or the [`Supervisor`](crate::Supervisor) or [`Pool`](crate::Pool) that keeps it.
+    #[error("the worker was disposed, or the supervisor or pool that keeps it")]
     Disposed,
     /// The operating system refused something that a worker or session needs.
     #[error("{what} failed")]
@@ -234,6 +240,10 @@ fn last_of(reports: &[CrashReport]) -> String {
     reports.last().map_or_else(String::new, |report| report.headline())
 }
 
+fn workers(count: usize) -> String {
+    if count == 1 { "1 worker".to_owned() } else { format!("{count} workers") }
+}
+
 fn times(count: u32) -> String {
     if count == 1 { "once".to_owned() } else { format!("{count} times") }
 }
@@ -373,7 +383,7 @@ pub enum LoadError {
         detail: String,
     },
     /// The module has crashed its worker so often that the [`Supervisor`](crate::Supervisor) loads it no more, until it is [released](crate::Supervisor::release).
-    #[error("module {module} is in quarantine: it ended {} workers, the last of them: {}; Supervisor::release lets it out", .reports.len(), last_of(.reports))]
+    #[error("module {module} is in quarantine: it has ended {}, the last of them: {}; Supervisor::release lets it out", workers(.reports.len()), last_of(.reports))]
     Quarantined {
         /// The module.
         module: Arc<str>,

@@ -26,7 +26,7 @@
 //!
 //! A [`Worker`] is one process. A [`Session`] is a native thread in it with a channel of its own; calls through a session are served one after another, and any
 //! number of threads may make them. A [`Module`] is a library loaded in a session. A [`Function`] is a symbol of it with a Rust type, a [`DynFunction`] one with a
-//! signature that is known at run time. [`IsolatedProcess`] is the short form of all of these: one module in one worker, called by name. A [`Supervisor`] places sessions on workers, keeps to limits and replaces workers that have ended. [`CrashReport`] is what is known of a worker's end.
+//! signature that is known at run time. [`IsolatedProcess`] is the short form of all of these: one module in one worker, called by name. A [`Supervisor`] places sessions on workers, keeps to limits and replaces workers that have ended. A [`Pool`] has several workers with one module behind one handle. A [`Pipeline`] sends calls to one function in a row. [`CrashReport`] is what is known of a worker's end.
 //!
 //! # What it does not do
 //!

@@ -36,7 +36,7 @@ impl Module {
 
     pub(crate) fn load(session: &Session, source: &ModuleSource) -> Result<Module, LoadError> {
         let name: Arc<str> = source.name.to_string_lossy().into();
-        let function = FunctionName { module: Arc::clone(&name), symbol: "(load)".into() };
+        let function = FunctionName { module: Arc::clone(&name), symbol: crate::error::LOAD.into() };
         let bytes = source.name.as_os_str().as_bytes();
         if bytes.is_empty() || bytes.contains(&0) {
             let detail = "a module's name is not empty and has no NUL inside".to_owned();

@@ -34,6 +34,7 @@ use hotcell_channel::sys;
 use hotcell_channel::wait::{self, Spin, Waited};
 use rustc_hash::FxHashMap;
 use std::ffi::CString;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
@@ -871,6 +872,37 @@ impl SessionInner {
         let word = slot.word(0);
         self.direct.home.release();
         Straight::Replied(word)
+    }
+
+    /// [`SessionInner::claim_direct`] for a straight call with a payload: one that fits the direct slot's scratch. `None` for any other.
+    ///
+    /// The frame is only a place for the payload's books, which stay in registers: nobody drops it. Whoever claims it goes through
+    /// [`SessionInner::run_straight`] and [`SessionInner::release_straight`] itself. Should a panic come between, the slot stays taken, and the session goes on
+    /// with its ring.
+    #[inline(always)]
+    pub(crate) fn claim_straight(&self, need: Need) -> Option<ManuallyDrop<Frame<'_>>> {
+        if need.total > SCRATCH_BYTES || need.largest > self.options.payload_bytes_max {
+            return None;
+        }
+        let mut frame = ManuallyDrop::new(self.claim_direct()?);
+        frame.end = need.total;
+        Some(frame)
+    }
+
+    /// Publishes a straight call and waits for its reply. After `None` the reply can be read, and the slot is to be released; after an error it is not the caller's any more.
+    #[inline(always)]
+    pub(crate) fn run_straight(&self, target: &Target, frame: &Frame<'_>) -> Option<Box<CallError>> {
+        self.publish_direct(frame.slot, target.index, target.label, frame.sequence);
+        if wait::look_for_reply(frame.slot, &self.spin) {
+            return None;
+        }
+        self.wait_straight(target, frame.sequence)
+    }
+
+    /// Gives back what [`SessionInner::claim_straight`] gave.
+    #[inline(always)]
+    pub(crate) fn release_straight(&self) {
+        self.direct.busy.store(FREE, Release);
     }
 
     /// The rest of a straight call whose reply was not there at the first looks. What comes back fits a register.
@@ -1986,7 +2018,7 @@ impl<'s> Frame<'s> {
 
     /// Takes the frame apart for a ticket.
     pub(crate) fn detach(self) -> Detached {
-        let mut frame = std::mem::ManuallyDrop::new(self);
+        let mut frame = ManuallyDrop::new(self);
         Detached { lane: frame.lane, sequence: frame.sequence, block: frame.block.take() }
     }
 }

@@ -76,7 +76,7 @@ pub enum SignatureError {
 
     /// No type has this name. A C typedef must be written out, unless a `*` follows.
     #[error("unknown type {token:?} in {place} at byte {at}: expected a C scalar, a pointer or a bun:ffi name{}",
-        suggestion.map_or(String::new(), |name| format!("; did you mean {name:?}")))]
+        suggestion.map_or(String::new(), |name| format!("; did you mean {name:?}?")))]
     UnknownType { token: String, place: Place, at: usize, suggestion: Option<&'static str> },
 
     /// Type words that C does not combine, such as `unsigned float`.
@@ -984,7 +984,7 @@ mod tests {
             (
                 "uLong f(void)",
                 "unknown type \"uLong\" in the return type of \"f\" at byte 0: expected a C scalar, a pointer or a \
-                 bun:ffi name; did you mean \"ulong\"",
+                 bun:ffi name; did you mean \"ulong\"?",
             ),
             (
                 "struct foo f(void)",
@@ -1115,7 +1115,7 @@ mod tests {
             (
                 r#"{"add":{"args":["i32","i33"]}}"#,
                 "unknown type \"i33\" in argument 2 of \"add\" at byte 22: expected a C scalar, a pointer or a bun:ffi \
-                 name; did you mean \"i32\"",
+                 name; did you mean \"i32\"?",
             ),
             (
                 r#"{"f":{"args":["void"]}}"#,

@@ -18,6 +18,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -203,6 +204,7 @@ impl WorkerBuilder {
     pub fn spawn(self) -> Result<Worker, StartError> {
         self.session.check()?;
         self.limits.check()?;
+        self.check()?;
         let runtime = monitor::runtime()?;
         let started = Instant::now();
         let (program, mut command) = self.command()?;
@@ -231,6 +233,35 @@ impl WorkerBuilder {
         worker.owner.inner.wait_ready()?;
         tracing::debug!(pid = worker.pid(), elapsed = ?started.elapsed(), "worker started");
         Ok(worker)
+    }
+
+    /// What the system would otherwise refuse in words that name the program, or take for something else.
+    fn check(&self) -> Result<(), StartError> {
+        let bad =
+            |option, given: String, expected| Err(StartError::Configuration { option, given, expected });
+        for (name, value) in &self.environment {
+            let (name_bytes, value) = (name.as_bytes(), value.as_bytes());
+            if name_bytes.is_empty() || name_bytes.contains(&b'=') || name_bytes.contains(&0) {
+                return bad(
+                    "env",
+                    format!("{name:?}"),
+                    "a name that is not empty and has neither = nor NUL inside",
+                );
+            }
+            if value.contains(&0) {
+                return bad(
+                    "env",
+                    format!("{name:?} with a NUL in its value"),
+                    "a name and a value without NUL",
+                );
+            }
+        }
+        match &self.directory {
+            Some(directory) if !directory.is_dir() => {
+                bad("current_dir", directory.display().to_string(), "a folder that exists")
+            }
+            _ => Ok(()),
+        }
     }
 
     fn command(&self) -> Result<(PathBuf, Command), StartError> {
@@ -819,8 +850,18 @@ impl WorkerInner {
         let stderr_tail = printable(&stderr_tail);
         monitor::guarded(|| tracing::debug!(pid = self.pid, %cause, "worker ended"));
         let stderr_dropped = self.stderr_dropped.load(Ordering::Relaxed);
-        let death =
-            Death { pid: self.pid, cause, usage, facts, running, culprit, stderr_tail, stderr_dropped };
+        let greeted = lock(&self.inbox).greeted;
+        let death = Death {
+            pid: self.pid,
+            cause,
+            greeted,
+            usage,
+            facts,
+            running,
+            culprit,
+            stderr_tail,
+            stderr_dropped,
+        };
         let _ = self.death.set(Arc::new(death));
         // Callers first: some are spinning.
         for session in &sessions {

@@ -673,7 +673,7 @@ fn the_working_directory_is_the_one_that_was_configured() {
     let there = std::fs::read_link(format!("/proc/{}/cwd", worker.pid())).unwrap();
     assert_eq!(there, folder.path().canonicalize().unwrap());
     let missing = Worker::builder().current_dir("/no/such/folder").spawn();
-    assert!(matches!(missing, Err(StartError::Program { .. })), "{missing:?}");
+    assert!(matches!(missing, Err(StartError::Configuration { .. })), "{missing:?}");
     let worker = Worker::spawn().unwrap();
     let there = std::fs::read_link(format!("/proc/{}/cwd", worker.pid())).unwrap();
     assert_eq!(there, Path::new(".").canonicalize().unwrap());

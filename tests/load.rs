@@ -43,7 +43,7 @@ fn fatal(library: &Path) -> CrashReport {
     assert!(!worker.is_alive());
     is_gone(worker.pid());
     let text = report.to_string();
-    let first = format!("worker {} {} in (load) of {}", worker.pid(), report.cause(), library.display());
+    let first = format!("worker {} {} in the load of {}", worker.pid(), report.cause(), library.display());
     assert_eq!(text.lines().next(), Some(&*first));
     next_worker_works();
     report

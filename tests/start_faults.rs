@@ -70,9 +70,30 @@ fn program_that_ends_at_once_is_told_with_its_exit_status() {
                 assert_eq!(*report.cause(), exited(code), "{program}: {report}");
                 assert_eq!(report.function(), None);
                 assert_eq!(report.running().count(), 0);
+                assert!(report.to_string().contains("never said hello"), "{report}");
                 is_gone(report.pid());
             }
             other => panic!("{program}: {other:?}"),
+        }
+    }
+    next_worker_works();
+}
+
+#[test]
+fn senseless_environment_and_folder_are_refused_by_name() {
+    let _watchdog = watchdog();
+    let builder = hotcell::Worker::builder;
+    for (worker, option) in [
+        (builder().env("", "x"), "env"),
+        (builder().env("A=B", "x"), "env"),
+        (builder().env("A\0", "x"), "env"),
+        (builder().env("A", "x\0y"), "env"),
+        (builder().current_dir("/no/such/folder"), "current_dir"),
+        (builder().current_dir("/bin/true"), "current_dir"),
+    ] {
+        match worker.spawn().map(drop) {
+            Err(StartError::Configuration { option: named, .. }) => assert_eq!(named, option),
+            other => panic!("{option}: {other:?}"),
         }
     }
     next_worker_works();

@@ -6,12 +6,14 @@
 //!
 //! **What it does not do:** start processes, load libraries, know what a call means.
 //!
-//! Unsafe code is confined to `region` (the only owner of the mapping's base pointer) and `sys` (system
+//! Unsafe code is confined to `region` (the only owner of the mapping's base pointer), `copy` (payload bytes in and out of it) and `sys` (system
 //! calls). Everything else is safe Rust over atomics.
 
 pub mod arena;
 #[cfg(not(loom))]
 pub mod control;
+#[cfg(not(loom))]
+mod copy;
 pub mod crash;
 mod hint;
 pub mod layout;

@@ -6,11 +6,11 @@
 //!   and whoever maps it verifies the seals and then the size. So no access inside the mapping can raise `SIGBUS` for want of a file.
 //! - No Rust reference to its bytes leaves this module, except to structs that consist of atomics ([`Slot`], [`Doorbell`],
 //!   [`Progress`], [`Stream`], [`Sleepers`]): the other process may write any byte at any moment.
-//! - Payload bytes are copied by [`copy_in`](Region::write) and [`copy_out`](Region::read), whose copy loop is not
-//!   Rust memory access at all on x86-64 (`rep movsb` in an asm block) and relaxed atomic bytes and words elsewhere. What arrives is a snapshot
-//!   without any promise about its content.
+//! - Payload bytes are copied by [`Region::write`] and [`Region::read`] through the module `copy`, which makes no Rust access to the shared side but
+//!   atomic ones. What arrives is a snapshot without any promise about its content.
 //! - Every offset is checked against the mapping's length, in release builds too.
 
+use crate::copy;
 use crate::layout::{
     DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, HUGE_PAGE_BYTES, LAYOUT_HASH, MAGIC, PROGRESS_OFFSET,
     PROTOCOL_VERSION, SCRATCH_BYTES, SLEEPERS_OFFSET,
@@ -516,7 +516,7 @@ impl Region {
         let Some(at) = self.arena(offset, from.len()) else { return false };
         // SAFETY: `from` is readable, `at` is writable for `from.len()` bytes (checked), and they do not overlap: `from` is memory that
         // Rust code can name, the region never is.
-        unsafe { copy(from.as_ptr(), at, from.len(), Direction::ToShared) };
+        unsafe { copy::to_shared(from.as_ptr(), at, from.len()) };
         true
     }
 
@@ -526,53 +526,8 @@ impl Region {
     pub fn read(&self, offset: u64, into: &mut [u8]) -> bool {
         let Some(at) = self.arena(offset, into.len()) else { return false };
         // SAFETY: as in `write`, the other way round.
-        unsafe { copy(at, into.as_mut_ptr(), into.len(), Direction::FromShared) };
+        unsafe { copy::from_shared(at, into.as_mut_ptr(), into.len()) };
         true
-    }
-}
-
-enum Direction {
-    ToShared,
-    FromShared,
-}
-
-/// Copies bytes between private and shared memory without a Rust access to the shared side.
-///
-/// # Safety
-/// `source` is readable and `target` writable for `bytes` bytes, and they do not overlap. The private side is not accessed by anybody
-/// else meanwhile; the shared side may be.
-#[inline(always)]
-unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize, _direction: Direction) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: `rep movsb` reads `bytes` bytes at `source` and writes them at `target` (caller's promise), counts up because the direction flag
-    // is clear by the ABI, and changes nothing but the three registers named. An asm block's accesses are not Rust accesses, so a
-    // concurrent write by the other process makes the copied bytes arbitrary and nothing else.
-    unsafe {
-        core::arch::asm!(
-            "rep movsb",
-            inout("rcx") bytes => _,
-            inout("rsi") source => _,
-            inout("rdi") target => _,
-            options(nostack, preserves_flags)
-        );
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    for i in 0..bytes {
-        use std::sync::atomic::AtomicU8;
-        match _direction {
-            Direction::ToShared => {
-                // SAFETY: `target + i` is in bounds (caller's promise) and shared memory, accessed by atomics only.
-                let shared = unsafe { AtomicU8::from_ptr(target.add(i)) };
-                // SAFETY: `source + i` is in bounds and private.
-                shared.store(unsafe { source.add(i).read() }, Relaxed);
-            }
-            Direction::FromShared => {
-                // SAFETY: `source + i` is in bounds (caller's promise) and shared memory, accessed by atomics only.
-                let shared = unsafe { AtomicU8::from_ptr(source.cast_mut().add(i)) };
-                // SAFETY: `target + i` is in bounds and private.
-                unsafe { target.add(i).write(shared.load(Relaxed)) };
-            }
-        }
     }
 }
 

@@ -129,6 +129,7 @@ mod tests {
         let death = Death {
             pid,
             cause: Cause::Exited { code: 1 },
+            greeted: true,
             usage: Usage::default(),
             facts: None,
             running: Vec::new(),
