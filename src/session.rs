@@ -902,7 +902,7 @@ impl SessionInner {
     /// Gives back what [`SessionInner::claim_straight`] gave.
     #[inline(always)]
     pub(crate) fn release_straight(&self) {
-        self.direct.busy.store(FREE, Release);
+        self.direct.home.release();
     }
 
     /// The rest of a straight call whose reply was not there at the first looks. What comes back fits a register.
