@@ -10,7 +10,8 @@
 //! stands in its place, on the publisher's side (`Barrier::after_publish`) as on the sleeper's (`Barrier::before_sleep`). That the model sees what is at stake was checked by hand: with either of the two
 //! fences taken out, `both_sides_of_the_stream_park` and `a_pipeline_and_a_caller_wake_one_worker` end in a deadlock, the lost wake-up.
 //!
-//! The direct slot's home is the host's own, so its code lies there (`src/home.rs`) and is taken in as it is. Its `membarrier` is modelled in the same way.
+//! The direct slot's home is the host's own, so its code lies there (`src/home.rs`) and is taken in as it is. Its `membarrier` is modelled in the same way: with
+//! the fence taken out of `Home::take`, or with a store in place of the mover's exchange, `a_mover_puts_back_only_what_was_there` finds two threads that hold the slot.
 #![cfg(loom)]
 
 #[path = "../../src/home.rs"]
