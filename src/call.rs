@@ -6,7 +6,9 @@
 
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
-use crate::session::{Block, Detached, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target};
+use crate::session::{
+    Block, Detached, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target, check_timeout,
+};
 use bytemuck::{NoUninit, Pod};
 use hotcell_channel::session::{STRING_LONGER, STRING_LOST, STRING_NULL};
 use hotcell_channel::signature::{Class, Signature, Type};
@@ -719,9 +721,17 @@ impl<F: FunctionType> Function<F> {
         &self.target.name
     }
 
-    /// The same function with another deadline. The handle can be kept.
-    #[must_use]
-    pub fn with_timeout(&self, timeout: Duration) -> Self {
+    /// The same function with another timeout than its session's: see [`SessionBuilder::timeout`](crate::SessionBuilder::timeout). The handle can be kept.
+    ///
+    /// # Errors
+    /// [`CallError::ZeroTimeout`].
+    pub fn with_timeout(&self, timeout: Duration) -> Result<Self, CallError> {
+        check_timeout(timeout, &self.target.name)?;
+        Ok(self.within(timeout))
+    }
+
+    /// [`Function::with_timeout`] for a timeout that was checked.
+    pub(crate) fn within(&self, timeout: Duration) -> Self {
         let mut function = self.clone();
         function.target.timeout = timeout;
         function

@@ -3,7 +3,9 @@
 use crate::call::{Errno, STRING_ROOM, decode_string, lend_str};
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
-use crate::session::{Block, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target};
+use crate::session::{
+    Block, Frame, Need, RemotePtr, SessionInner, SessionOwner, Straight, Target, check_timeout,
+};
 use hotcell_channel::session::STRING_WORDS;
 use hotcell_channel::signature::{ARGS_MAX, Signature, Type};
 use hotcell_channel::slot::WORDS_MAX;
@@ -515,12 +517,15 @@ impl DynFunction {
         &self.function.signature
     }
 
-    /// The same function with another deadline. The handle can be kept.
-    #[must_use]
-    pub fn with_timeout(&self, timeout: Duration) -> Self {
+    /// The same function with another timeout than its session's: see [`SessionBuilder::timeout`](crate::SessionBuilder::timeout). The handle can be kept.
+    ///
+    /// # Errors
+    /// [`CallError::ZeroTimeout`].
+    pub fn with_timeout(&self, timeout: Duration) -> Result<Self, CallError> {
+        check_timeout(timeout, &self.target.name)?;
         let mut function = self.clone();
         function.target.timeout = timeout;
-        function
+        Ok(function)
     }
 
     /// Calls the function and waits for its result.

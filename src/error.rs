@@ -487,6 +487,12 @@ pub enum CallError {
         /// The function that still runs.
         function: FunctionName,
     },
+    /// A function was given a timeout of zero, in which no call can be answered. Nothing was sent.
+    #[error("{function} was given a timeout of zero, in which no call can be answered: give it more time")]
+    ZeroTimeout {
+        /// The function.
+        function: FunctionName,
+    },
     /// All slots are taken by calls that have not been waited for.
     #[error("all {slots} slots of the session are in use by calls that were not waited for")]
     Full {
@@ -724,6 +730,7 @@ impl CallError {
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
     /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
     /// | `ERR_PIPELINE_UNSUPPORTED` | the session has a memory limit | [`CallError::PipelineUnsupported`] |
+    /// | `ERR_CONFIGURATION` | an option has a value that makes no sense | [`StartError::Configuration`], [`CallError::ZeroTimeout`] |
     /// | `ERR_ARENA_FULL` | no room for the bytes of a call now | [`CallError::NoRoom`] |
     /// | `ERR_NOT_RUNNING` | an isolated process does not run | [`CallError::NotRunning`] |
     /// | `ERR_NO_WORKER` | a pool has no worker now | [`CallError::NoWorker`], [`StartError::Incomplete`] |
@@ -733,7 +740,7 @@ impl CallError {
     /// | `ERR_FORKED` | this process is a fork of the host | [`CallError::Forked`], [`StartError::Forked`] |
     /// | `ERR_ARGUMENT_COUNT`, `ERR_ARGUMENT_TYPE`, `ERR_RESULT_TYPE`, `ERR_INTERIOR_NUL`, `ERR_FOREIGN_POINTER`, `ERR_UNDECLARED`, `ERR_CALLBACK` | a call that cannot be made as it was written | the errors of these names |
     /// | `ERR_NULL_STRING`, `ERR_STRING_LOST`, `ERR_BAD_ADDRESS`, `ERR_UNKNOWN_BLOCK` | what a call, or the worker's memory, did not give | the errors of these names |
-    /// | `ERR_WORKER_PROGRAM`, `ERR_NO_WORKER_PROGRAM`, `ERR_FOREIGN_EXECUTABLE`, `ERR_WORKER_MISMATCH`, `ERR_START_TIMEOUT`, `ERR_SESSION_REFUSED`, `ERR_SYSTEM`, `ERR_CONFIGURATION`, `ERR_LIMIT_UNAVAILABLE`, `ERR_PLACEMENT` | no worker, or no session in it | [`StartError`]'s |
+    /// | `ERR_WORKER_PROGRAM`, `ERR_NO_WORKER_PROGRAM`, `ERR_FOREIGN_EXECUTABLE`, `ERR_WORKER_MISMATCH`, `ERR_START_TIMEOUT`, `ERR_SESSION_REFUSED`, `ERR_SYSTEM`, `ERR_LIMIT_UNAVAILABLE`, `ERR_PLACEMENT` | no worker, or no session in it | [`StartError`]'s |
     /// | `ERR_MODULE_NOT_FOUND`, `ERR_MODULE_UNREADABLE`, `ERR_MODULE_NOT_ELF`, `ERR_MODULE_WRONG_KIND`, `ERR_MISSING_DEPENDENCY`, `ERR_MISSING_IMPORT`, `ERR_LINKER`, `ERR_MISSING_SYMBOL`, `ERR_BAD_SIGNATURE`, `ERR_TOO_MANY_FUNCTIONS`, `ERR_SIGNATURE_TEXT` | no module, or no function in it | [`LoadError`]'s |
     ///
     /// A report's [cause](CrashReport::cause) has a code too: [`Cause::code`](crate::Cause::code). It is the more exact one where the error's is `ERR_WORKER_CRASH`.
@@ -746,6 +753,7 @@ impl CallError {
             CallError::Disposed(_) => "ERR_WORKER_DISPOSED",
             CallError::TimedOut { .. } => "ERR_CALL_TIMEOUT",
             CallError::Abandoned { .. } => "ERR_SESSION_ABANDONED",
+            CallError::ZeroTimeout { .. } => "ERR_CONFIGURATION",
             CallError::Full { .. } => "ERR_SESSION_FULL",
             CallError::PipelineTaken { .. } => "ERR_PIPELINE_TAKEN",
             CallError::PipelineUnsupported { .. } => "ERR_PIPELINE_UNSUPPORTED",

@@ -89,7 +89,7 @@ impl IsolatedProcessConfig {
         self
     }
 
-    /// Default: what [`IsolatedProcessConfig::worker`] says, else 30 s. Deadline of each call, of loading the module, and of each function's look-up.
+    /// Default: what [`IsolatedProcessConfig::worker`] says, else 30 s. Deadline of each call, of loading the module, and of each function's look-up. Zero is refused when the process is started.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self

@@ -82,7 +82,7 @@ impl SessionBuilder {
         Self::default()
     }
 
-    /// Default: 30 s. Deadline of each call, for functions that set none themselves.
+    /// Default: 30 s. Deadline of each call, for functions that set none themselves. Zero is refused.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -146,6 +146,9 @@ impl SessionBuilder {
         }
         if !(64 << 10..=1 << 30).contains(&self.stack_bytes) {
             return bad("stack_bytes", self.stack_bytes, "64 KiB to 1 GiB");
+        }
+        if self.timeout.is_zero() {
+            return bad("timeout", 0, "longer than nothing");
         }
         placement::check(&self.placement, self.payload_bytes_max)?;
         self.limits.check()
@@ -1727,6 +1730,14 @@ impl Target {
         let Resolved { index, label, name } = resolved;
         Self { index, label, timeout, name }
     }
+}
+
+/// Refuses a timeout in which no call can be answered.
+pub(crate) fn check_timeout(timeout: Duration, function: &FunctionName) -> Result<(), CallError> {
+    if timeout.is_zero() {
+        return Err(CallError::ZeroTimeout { function: function.clone() });
+    }
+    Ok(())
 }
 
 /// What became of [`SessionInner::call_straight`]. Small, so that it travels in registers.

@@ -143,7 +143,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// Default: 10 s. How long the worker may take to be ready, and a session to be opened.
+    /// Default: 10 s. How long the worker may take to be ready, and a session to be opened. Zero is refused.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
@@ -155,7 +155,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// Default: 30 s. Deadline of each call, for sessions and functions that set none themselves.
+    /// Default: 30 s. Deadline of each call, for sessions and functions that set none themselves. Zero is refused.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.session = self.session.timeout(timeout);
         self
@@ -239,6 +239,9 @@ impl WorkerBuilder {
     fn check(&self) -> Result<(), StartError> {
         let bad =
             |option, given: String, expected| Err(StartError::Configuration { option, given, expected });
+        if self.start_timeout.is_zero() {
+            return bad("start_timeout", "0".into(), "longer than nothing");
+        }
         for (name, value) in &self.environment {
             let (name_bytes, value) = (name.as_bytes(), value.as_bytes());
             if name_bytes.is_empty() || name_bytes.contains(&b'=') || name_bytes.contains(&0) {

@@ -307,7 +307,10 @@ fn a_full_session_refuses_or_waits_as_asked() {
         }
     }
     let patience = Duration::from_millis(30);
-    assert!(matches!(functions.mix.with_timeout(patience).submit(1, 1), Err(CallError::Full { .. })));
+    assert!(matches!(
+        functions.mix.with_timeout(patience).unwrap().submit(1, 1),
+        Err(CallError::Full { .. })
+    ));
     // A blocking call has a slot of its own.
     assert_eq!(functions.mix.call(5, 5).unwrap(), mixed(5, 5));
     // One slot free: one more goes, a second does not.

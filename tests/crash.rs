@@ -165,7 +165,7 @@ fn fatal_signals_that_a_library_raises_are_told_apart() {
 fn stopped_worker_is_ended_by_the_deadline() {
     let _watchdog = watchdog();
     let cell = Cell::new();
-    let stop = cell.f1("raise_signal").with_timeout(Duration::from_millis(100));
+    let stop = cell.f1("raise_signal").with_timeout(Duration::from_millis(100)).unwrap();
     let error = stop.call(libc::SIGSTOP).unwrap_err();
     assert!(matches!(error, CallError::TimedOut { worker_killed: true, .. }), "{error}");
     assert!(error.may_have_run() && !error.session_usable());
@@ -332,7 +332,7 @@ fn calls_that_never_return_are_ended_by_their_deadline() {
         let cell = Cell::new();
         let add = cell.add();
         let after = Duration::from_millis(50);
-        match cell.f0(symbol).with_timeout(after).call() {
+        match cell.f0(symbol).with_timeout(after).unwrap().call() {
             Err(CallError::TimedOut { function, after: told, worker_killed: true }) => {
                 assert_eq!((&*function.symbol, told), (symbol, after));
             }
@@ -649,7 +649,7 @@ fn crashes_leave_no_descriptor_thread_or_mapping_behind() {
         let cell = Cell::new();
         crashed(cell.f1("call_exit").call(0));
         let cell = Cell::in_worker(Worker::builder().on_deadline(OnDeadline::KillWorker).spawn().unwrap());
-        let error = cell.f0("spin").with_timeout(Duration::from_millis(1)).call().unwrap_err();
+        let error = cell.f0("spin").with_timeout(Duration::from_millis(1)).unwrap().call().unwrap_err();
         assert!(matches!(error, CallError::TimedOut { .. }));
         let pid = cell.worker.pid();
         drop(cell);

@@ -66,9 +66,9 @@ fn passed_deadline_kills_the_worker_and_tells_everybody_why() {
     let late = Cell::new();
     let bystander = Cell::in_worker(late.worker.clone());
     let add = late.add();
-    let behind = bystander.add().with_timeout(Duration::MAX);
+    let behind = bystander.add().with_timeout(Duration::MAX).unwrap();
     let nap = napping(&bystander, NEVER, 0);
-    let spin = late.f0("spin").with_timeout(SOON);
+    let spin = late.f0("spin").with_timeout(SOON).unwrap();
     std::thread::scope(|scope| {
         let behind = scope.spawn(|| behind.call(1, 2));
         assert_eq!(timed_out(spin.call(), true), SOON);
@@ -96,7 +96,7 @@ fn time_out_does_not_wait_for_the_workers_end() {
     // A stopped worker cannot react to anything: the caller is back all the same, and the kernel's kill does not need it.
     for policy in [WaitPolicy::Adaptive, WaitPolicy::Spin, WaitPolicy::Park] {
         let cell = Cell::in_worker(Worker::builder().wait(policy).spawn().unwrap());
-        let stop = cell.f1("raise_signal").with_timeout(SOON);
+        let stop = cell.f1("raise_signal").with_timeout(SOON).unwrap();
         let start = Instant::now();
         assert_eq!(timed_out(stop.call(nix::libc::SIGSTOP), true), SOON);
         assert!(start.elapsed() >= SOON, "not before its time");
@@ -108,7 +108,7 @@ fn time_out_does_not_wait_for_the_workers_end() {
 fn submitted_calls_count_their_time_from_the_wait() {
     let _watchdog = watchdog();
     let cell = Cell::new();
-    let (nap, add) = (cell.nap().with_timeout(SOON), cell.add());
+    let (nap, add) = (cell.nap().with_timeout(SOON).unwrap(), cell.add());
     // Longer under way than its timeout, but not longer waited for.
     let ticket = nap.submit(RemotePtr::NULL, 200, 5).unwrap();
     eventually("the call is over", || ticket.is_done());
@@ -128,7 +128,7 @@ fn submitted_calls_count_their_time_from_the_wait() {
 fn call_behind_a_slow_one_has_its_own_deadline() {
     let _watchdog = watchdog();
     let cell = Cell::new();
-    let add = cell.add().with_timeout(SOON);
+    let add = cell.add().with_timeout(SOON).unwrap();
     let nap = napping(&cell, NEVER, 0);
     // The session is busy with another call; this one is the first to lose patience.
     let error = add.call(1, 2);
@@ -178,16 +178,16 @@ fn timeout_of_the_call_goes_before_the_sessions_and_that_before_the_workers() {
         let worker = Worker::builder().timeout(short).spawn().unwrap();
         let nap = nap_of(&worker.session().unwrap())?;
         let longer = i32::try_from(short.as_millis()).unwrap() + 200;
-        assert_eq!(nap.with_timeout(long).call(nothing, longer, 3).unwrap(), 3);
+        assert_eq!(nap.with_timeout(long).unwrap().call(nothing, longer, 3).unwrap(), 3);
         let shorter = Duration::from_millis(20);
-        assert_eq!(timed_out(nap.with_timeout(shorter).call(nothing, NEVER, 0), true), shorter);
+        assert_eq!(timed_out(nap.with_timeout(shorter).unwrap().call(nothing, NEVER, 0), true), shorter);
         Some(())
     });
 
     // By name too.
     let cell = Cell::in_worker(Worker::builder().timeout(long).spawn().unwrap());
     let spin = cell.module.prototype("int spin(void)").unwrap();
-    assert_eq!(timed_out(spin.with_timeout(shortest).call(()), true), shortest);
+    assert_eq!(timed_out(spin.with_timeout(shortest).unwrap().call(()), true), shortest);
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn timeout_of_the_session_holds_for_its_own_work() {
         let cell = Cell { worker, session, module };
         let gate = Gate::new(&cell);
         // Behind a call that does not return, the session's own work is late too.
-        let wait = wait.with_timeout(Duration::MAX);
+        let wait = wait.with_timeout(Duration::MAX).unwrap();
         let running = wait.submit(gate.pointer(), 1).unwrap();
         assert_eq!(timed_out(cell.session.ping(), false), after);
         gate.open();
@@ -240,30 +240,47 @@ fn longest_duration_is_no_deadline() {
 }
 
 #[test]
-fn zero_timeout_gives_a_result_or_a_time_out_and_never_waits() {
+fn a_zero_timeout_is_refused_wherever_one_is_set_and_nothing_is_sent() {
     let _watchdog = watchdog();
-    for policy in [WaitPolicy::Adaptive, WaitPolicy::Spin, WaitPolicy::Park] {
-        let cell = Cell::in_worker(Worker::builder().wait(policy).spawn().unwrap());
-        match cell.add().with_timeout(Duration::ZERO).call(2, 3) {
-            Ok(sum) => assert_eq!(sum, 5, "the answer came before anybody looked at the clock"),
-            late => assert_eq!(timed_out(late, true), Duration::ZERO),
+    let zero = Duration::ZERO;
+    let refused = |option: &'static str, result: Result<(), hotcell::Error>| match result {
+        Err(hotcell::Error::Start(hotcell::StartError::Configuration { option: bad, given, .. })) => {
+            assert_eq!((bad, given.as_str()), (option, "0"));
         }
-        let cell = Cell::in_worker(Worker::builder().wait(policy).spawn().unwrap());
-        let late = cell.nap().with_timeout(Duration::ZERO).call(RemotePtr::NULL, NEVER, 0);
-        assert_eq!(timed_out(late, true), Duration::ZERO);
-        is_gone(cell.worker.pid());
+        other => panic!("{option}: {other:?}"),
+    };
+    refused("start_timeout", Worker::builder().start_timeout(zero).spawn().map(drop).map_err(Into::into));
+    refused("timeout", Worker::builder().timeout(zero).spawn().map(drop).map_err(Into::into));
+    let (worker, session) = (Worker::builder().timeout(zero), SessionBuilder::new().timeout(zero));
+    let supervisor = hotcell::Supervisor::builder();
+    let supervisor =
+        [supervisor.clone().worker(worker.clone()), supervisor.session_defaults(session.clone())];
+    for supervisor in supervisor {
+        refused("timeout", supervisor.build().map(drop).map_err(Into::into));
     }
-}
+    let pool = || hotcell::Pool::builder(|session| Ok(session.load("libc.so.6")?)).workers(1);
+    refused("timeout", pool().worker(worker).build().map(drop).map_err(Into::into));
+    let pool = pool().build().unwrap();
+    let abs = pool.function::<fn(i32) -> i32>("abs").unwrap();
+    assert!(matches!(abs.with_timeout(zero), Err(CallError::ZeroTimeout { .. })));
+    let isolated = hotcell::IsolatedProcessConfig::new("libc.so.6", "int abs(int)").timeout(zero);
+    refused("timeout", isolated.start().map(drop));
 
-#[test]
-fn zero_start_timeout_is_an_error_that_leaves_nothing() {
-    let _watchdog = watchdog();
-    // The worker cannot be ready at once, unless this thread is held up for as long as the start takes.
-    match Worker::builder().start_timeout(Duration::ZERO).spawn() {
-        Err(hotcell::StartError::TimedOut { after }) => assert_eq!(after, Duration::ZERO),
-        Ok(worker) => worker.dispose(),
-        Err(other) => panic!("{other:?}"),
+    let cell = Cell::new();
+    refused("timeout", cell.worker.session_with(session).map(drop).map_err(Into::into));
+    let (typed, by_name) = (cell.add(), cell.module.prototype("int add(int, int)").unwrap());
+    let before = cell.session.counters().requests;
+    let errors = [typed.with_timeout(zero).unwrap_err(), by_name.with_timeout(zero).unwrap_err()];
+    for error in errors {
+        assert!(
+            matches!(&error, CallError::ZeroTimeout { function } if &*function.symbol == "add"),
+            "{error:?}"
+        );
+        assert_eq!(error.code(), "ERR_CONFIGURATION");
+        assert!(!error.may_have_run() && error.session_usable());
     }
+    assert_eq!(cell.session.counters().requests, before);
+    assert_eq!(typed.call(2, 3).unwrap(), 5);
 }
 
 // The session is given up.
@@ -276,7 +293,7 @@ fn abandoned_session_refuses_until_its_call_returns_and_is_right_again_afterward
             Worker::builder().wait(policy).on_deadline(OnDeadline::AbandonSession).spawn().unwrap(),
         );
         let (add, gate) = (cell.add(), Gate::new(&cell));
-        let wait = wait_for(&cell).with_timeout(SOON);
+        let wait = wait_for(&cell).with_timeout(SOON).unwrap();
         assert_eq!(timed_out(wait.call(gate.pointer(), 77), false), SOON);
         for _ in 0..20 {
             let error = add.call(2, 3).unwrap_err();
@@ -305,7 +322,7 @@ fn other_sessions_of_the_worker_do_not_notice() {
     let stuck = abandoning();
     let other = Cell::in_worker(stuck.worker.clone());
     let add = other.add();
-    timed_out(stuck.f0("spin_with_syscalls").with_timeout(SOON).call(), false);
+    timed_out(stuck.f0("spin_with_syscalls").with_timeout(SOON).unwrap().call(), false);
     for i in 0..500 {
         assert_eq!(add.call(i, 1).unwrap(), i + 1);
     }
@@ -331,7 +348,7 @@ fn buffer_of_an_abandoned_call_is_nobody_elses_until_it_returns() {
         let same = cell.module.function::<fn(RemotePtr, InOut<[u8]>, i32, i32) -> i32>("fill_when").unwrap();
         let count = i32::try_from(bytes).unwrap();
         let mut late = vec![7u8; bytes];
-        timed_out(fill.with_timeout(SOON).call(gate.pointer(), &mut late, count, 0xee), false);
+        timed_out(fill.with_timeout(SOON).unwrap().call(gate.pointer(), &mut late, count, 0xee), false);
         assert!(late.iter().all(|byte| *byte == 7), "the caller's own memory is out of reach");
         // Blocks are taken from the arena meanwhile, and must not be what the late write hits.
         let blocks: Vec<_> = (0..8).map(|_| cell.session.block(bytes as u64).unwrap()).collect();
@@ -371,7 +388,12 @@ fn room_of_abandoned_calls_is_given_back() {
     // Many times what the arena holds.
     for _ in 0..20 {
         gate.set(0);
-        let late = fill.with_timeout(Duration::from_millis(5)).call(gate.pointer(), &mut buffer, 1 << 20, 1);
+        let late = fill.with_timeout(Duration::from_millis(5)).unwrap().call(
+            gate.pointer(),
+            &mut buffer,
+            1 << 20,
+            1,
+        );
         timed_out(late, false);
         gate.open();
         eventually("the session is back", || cell.session.ping().is_ok());
@@ -384,7 +406,7 @@ fn room_of_abandoned_calls_is_given_back() {
 fn submitted_call_can_be_abandoned_and_those_behind_it_still_answer() {
     let _watchdog = watchdog();
     let cell = abandoning();
-    let (wait, add, gate) = (wait_for(&cell).with_timeout(SOON), cell.add(), Gate::new(&cell));
+    let (wait, add, gate) = (wait_for(&cell).with_timeout(SOON).unwrap(), cell.add(), Gate::new(&cell));
     let stuck = wait.submit(gate.pointer(), 1).unwrap();
     let behind: Vec<_> = (0..10).map(|i| add.submit(i, 100).unwrap()).collect();
     assert_eq!(timed_out(stuck.wait(), false), SOON);
@@ -407,7 +429,7 @@ fn submitted_call_can_be_abandoned_and_those_behind_it_still_answer() {
 fn several_abandoned_calls_must_all_return_before_the_session_does() {
     let _watchdog = watchdog();
     let cell = abandoning();
-    let (wait, add) = (wait_for(&cell).with_timeout(SOON), cell.add());
+    let (wait, add) = (wait_for(&cell).with_timeout(SOON).unwrap(), cell.add());
     let gates: Vec<_> = (0..3).map(|_| Gate::new(&cell)).collect();
     let tickets: Vec<_> = gates.iter().map(|gate| wait.submit(gate.pointer(), 1).unwrap()).collect();
     for ticket in tickets {
@@ -427,7 +449,7 @@ fn several_abandoned_calls_must_all_return_before_the_session_does() {
 fn dropped_tickets_of_slow_calls_are_no_deadline_matter() {
     let _watchdog = watchdog();
     let cell = Cell::new();
-    let (nap, add) = (cell.nap().with_timeout(SOON), cell.add());
+    let (nap, add) = (cell.nap().with_timeout(SOON).unwrap(), cell.add());
     drop(nap.submit(RemotePtr::NULL, 200, 1).unwrap());
     assert_eq!(add.call(2, 3).unwrap(), 5, "it only comes later");
 }
@@ -438,7 +460,7 @@ fn crash_of_an_abandoned_call_ends_the_worker_with_its_own_cause() {
     let cell = abandoning();
     let (add, gate) = (cell.add(), Gate::new(&cell));
     let crash = cell.module.function::<fn(RemotePtr) -> i32>("crash_when").unwrap();
-    timed_out(crash.with_timeout(SOON).call(gate.pointer()), false);
+    timed_out(crash.with_timeout(SOON).unwrap().call(gate.pointer()), false);
     gate.open();
     eventually("the worker dies", || !cell.worker.is_alive());
     let report = crashed(add.call(1, 2));
@@ -457,7 +479,7 @@ fn abandoned_session_that_is_dropped_leaves_no_thread_once_its_call_returns() {
         let threads = || std::fs::read_dir(format!("/proc/{}/task", other.worker.pid())).unwrap().count();
         let before = threads();
         let longer = i32::try_from(soon.as_millis()).unwrap() * 20;
-        match cell.nap().with_timeout(soon).call(RemotePtr::NULL, longer, 0) {
+        match cell.nap().with_timeout(soon).unwrap().call(RemotePtr::NULL, longer, 0) {
             // This thread was held up until the nap was over.
             Ok(_) => return None,
             late => timed_out(late, false),
@@ -501,7 +523,7 @@ fn abandoned_session_can_be_closed_when_its_call_has_returned() {
     let _watchdog = watchdog();
     let cell = abandoning();
     let gate = Gate::new(&cell);
-    timed_out(wait_for(&cell).with_timeout(SOON).call(gate.pointer(), 0), false);
+    timed_out(wait_for(&cell).with_timeout(SOON).unwrap().call(gate.pointer(), 0), false);
     assert!(matches!(cell.session.close(), Err(CallError::Abandoned { .. })));
     gate.open();
     eventually("the session is closed", || cell.session.close().is_ok());
@@ -519,7 +541,7 @@ fn close_that_overtakes_an_abandoned_call_closes_the_session() {
     std::thread::scope(|scope| {
         let close = scope.spawn(|| cell.session.close());
         eventually("the close is sent", || cell.session.counters().requests > before);
-        let late = wait_for(&cell).with_timeout(SOON).submit(gate.pointer(), 2).unwrap();
+        let late = wait_for(&cell).with_timeout(SOON).unwrap().submit(gate.pointer(), 2).unwrap();
         timed_out(late.wait(), false);
         gate.open();
         assert_eq!(first.wait().unwrap(), 1);

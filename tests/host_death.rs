@@ -83,7 +83,9 @@ fn start_workers(scratch: &Path) -> Held {
         let call = call.function::<fn(In<CStr>) -> i32>(symbol).unwrap();
         let mark = scratch.join(symbol);
         marks.push(mark.clone());
-        std::thread::spawn(move || call.with_timeout(Duration::from_secs(3600)).call(&c_path(&mark)));
+        std::thread::spawn(move || {
+            call.with_timeout(Duration::from_secs(3600)).unwrap().call(&c_path(&mark))
+        });
         held.workers.push(worker);
     }
     let mark = scratch.join("load");

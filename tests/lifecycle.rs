@@ -616,7 +616,7 @@ fn a_flood_of_output_neither_blocks_the_worker_nor_fills_the_host() {
         drop(worker.events());
         let module = module_of(&worker);
         let flood = module.function::<fn(i32, i32) -> i32>("flood").unwrap();
-        let flood = flood.with_timeout(Duration::from_secs(100));
+        let flood = flood.with_timeout(Duration::from_secs(100)).unwrap();
         assert_eq!(flood.call(1, 1).unwrap(), 1);
         let before = kib(std::process::id(), "VmRSS");
         for fd in [1, 2] {

@@ -316,7 +316,8 @@ fn what_comes_before_a_fault_is_given_by_the_iterator_too() {
 fn a_passed_deadline_kills_the_worker_and_names_the_call() {
     let _watchdog = watchdog(120);
     let module = module();
-    let hang_at = module.function::<Two>("hang_at").unwrap().with_timeout(Duration::from_millis(300));
+    let hang_at =
+        module.function::<Two>("hang_at").unwrap().with_timeout(Duration::from_millis(300)).unwrap();
     let mut pipeline = hang_at.pipeline().unwrap();
     for call in 0..20 {
         pipeline.send(call, 5).unwrap();
@@ -350,7 +351,7 @@ fn an_abandoned_call_gives_the_pipeline_back_when_it_returns() {
         load(&worker.session_with(SessionBuilder::new().on_deadline(OnDeadline::AbandonSession)).unwrap());
     let gate = load(&worker.session().unwrap()).function::<fn(i32) -> i32>("set_gate").unwrap();
     let wait_at_gate = module.function::<fn(u64) -> u64>("wait_at_gate").unwrap();
-    let mut pipeline = wait_at_gate.with_timeout(Duration::from_millis(100)).pipeline().unwrap();
+    let mut pipeline = wait_at_gate.with_timeout(Duration::from_millis(100)).unwrap().pipeline().unwrap();
     for call in 0..10 {
         pipeline.send(call).unwrap();
     }
@@ -390,7 +391,7 @@ fn forgotten_calls_share_one_deadline() {
         pipeline.send(call, 0).unwrap();
     }
     drop(pipeline);
-    match hang_at.with_timeout(Duration::from_secs(2)).pipeline() {
+    match hang_at.with_timeout(Duration::from_secs(2)).unwrap().pipeline() {
         Err(CallError::TimedOut { function, worker_killed: true, .. }) => {
             assert_eq!(&*function.symbol, "hang_at")
         }
@@ -478,7 +479,7 @@ fn a_second_pipeline_waits_for_the_first() {
     let module = module();
     let mix: Function<Two> = module.function("mix").unwrap();
     let first = mix.pipeline().unwrap();
-    match mix.with_timeout(Duration::ZERO).pipeline() {
+    match mix.with_timeout(Duration::from_millis(1)).unwrap().pipeline() {
         Err(error @ CallError::PipelineTaken { .. }) => {
             assert!(!error.may_have_run() && error.session_usable())
         }

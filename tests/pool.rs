@@ -433,7 +433,7 @@ fn a_deadline_costs_a_worker_and_not_the_service() {
     let (gate, add) = (pool.function::<AtGate>("gate").unwrap(), pool.function::<Add>("add").unwrap());
     let mut told = Told::listen(&pool);
     let file = Gate::new();
-    let error = gate.with_timeout(Duration::from_millis(20)).call(&file.name).unwrap_err();
+    let error = gate.with_timeout(Duration::from_millis(20)).unwrap().call(&file.name).unwrap_err();
     assert!(matches!(error, CallError::TimedOut { worker_killed: true, .. }), "{error}");
     assert_eq!(add.call(1, 2).unwrap(), 3);
     let (_, role, cause) = told.lost();
@@ -450,7 +450,7 @@ fn a_worker_whose_session_was_given_up_is_replaced_and_its_call_may_finish() {
     let (gate, add) = (pool.function::<AtGate>("gate").unwrap(), pool.function::<Add>("add").unwrap());
     let mut told = Told::listen(&pool);
     let file = Gate::new();
-    let error = gate.with_timeout(Duration::from_millis(20)).call(&file.name).unwrap_err();
+    let error = gate.with_timeout(Duration::from_millis(20)).unwrap().call(&file.name).unwrap_err();
     assert!(matches!(error, CallError::TimedOut { worker_killed: false, .. }), "{error}");
     assert_eq!(add.call(1, 2).unwrap(), 3);
     file.open();

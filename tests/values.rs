@@ -1009,12 +1009,16 @@ fn a_deadline_is_the_functions_or_the_sessions_or_the_workers() {
                 let longer = i32::try_from(short.as_millis()).unwrap() + 200;
                 let error = if by_name {
                     let sleep = prepared(module.prototype("void sleep_ms(int)"))?;
-                    sleep.with_timeout(long).call([longer]).unwrap();
-                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call([forever]).unwrap_err()
+                    sleep.with_timeout(long).unwrap().call([longer]).unwrap();
+                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own).unwrap())
+                        .call([forever])
+                        .unwrap_err()
                 } else {
                     let sleep = prepared(module.function::<fn(i32)>("sleep_ms"))?;
-                    sleep.with_timeout(long).call(longer).unwrap();
-                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own)).call(forever).unwrap_err()
+                    sleep.with_timeout(long).unwrap().call(longer).unwrap();
+                    own.map_or(sleep.clone(), |own| sleep.with_timeout(own).unwrap())
+                        .call(forever)
+                        .unwrap_err()
                 };
                 assert_says(&error, &["sleep_ms", module.name(), "killed"]);
                 assert_eq!(timed_out(error), (own.unwrap_or(short), true));
@@ -1037,7 +1041,7 @@ fn a_deadline_is_the_functions_or_the_sessions_or_the_workers() {
 
     // A ticket's deadline is its function's too.
     let module = self::module();
-    let sleep = module.function::<fn(i32)>("sleep_ms").unwrap().with_timeout(ms(80));
+    let sleep = module.function::<fn(i32)>("sleep_ms").unwrap().with_timeout(ms(80)).unwrap();
     assert_eq!(timed_out(sleep.submit(forever).unwrap().wait().unwrap_err()), (ms(80), true));
     let error = sleep.call(0).unwrap_err();
     assert!(matches!(error, CallError::Crashed(_)) && !error.may_have_run(), "{error:?}");
@@ -1048,7 +1052,7 @@ fn a_deadline_is_the_functions_or_the_sessions_or_the_workers() {
         let worker = Worker::spawn().unwrap();
         let module = prepared(worker.session_with(options).unwrap().load(fixture()))?;
         let sleep = prepared(module.function::<fn(i32)>("sleep_ms"))?;
-        let add = prepared(module.function::<fn(i32, i32) -> i32>("add"))?.with_timeout(long);
+        let add = prepared(module.function::<fn(i32, i32) -> i32>("add"))?.with_timeout(long).unwrap();
         let Err(late) = sleep.call(15 * i32::try_from(short.as_millis()).unwrap()) else {
             // This thread was held up until the sleep was over.
             return None;

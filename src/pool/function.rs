@@ -10,6 +10,7 @@ use crate::call::{Failed, Function, FunctionType, Param, Returned, Ticket};
 use crate::dynamic::{Arg, DynFunction, IntoArgs, Value};
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
+use crate::session::check_timeout;
 use crate::signature;
 use crate::supervisor::retry::Retry;
 use std::any::TypeId;
@@ -226,10 +227,13 @@ impl<F: FunctionType + Send + Sync + 'static> PoolFunction<F> {
         })
     }
 
-    /// The same function with another deadline for each attempt of a call. The handle can be kept.
-    #[must_use]
-    pub fn with_timeout(&self, timeout: Duration) -> Self {
-        Self { timeout: Some(timeout), ..self.clone() }
+    /// The same function with another timeout for each attempt of a call. The handle can be kept.
+    ///
+    /// # Errors
+    /// [`CallError::ZeroTimeout`].
+    pub fn with_timeout(&self, timeout: Duration) -> Result<Self, CallError> {
+        check_timeout(timeout, &self.name)?;
+        Ok(Self { timeout: Some(timeout), ..self.clone() })
     }
 
     /// The same function, declared to do no harm if it runs twice: a call that may have run is made again too if its worker died or its deadline passed, as often as the pool's
@@ -272,7 +276,7 @@ impl<F: FunctionType + Send + Sync + 'static> PoolFunction<F> {
             let function = seat.function::<Function<F>>(self.index);
             match self.timeout {
                 None => function.attempt(values, || true),
-                Some(timeout) => function.with_timeout(timeout).attempt(values, || true),
+                Some(timeout) => function.within(timeout).attempt(values, || true),
             }
         })
     }
@@ -280,7 +284,7 @@ impl<F: FunctionType + Send + Sync + 'static> PoolFunction<F> {
     /// A member's function, with this handle's deadline.
     fn function_of(&self, seat: &Seat) -> Function<F> {
         let function = seat.function::<Function<F>>(self.index);
-        self.timeout.map_or_else(|| function.clone(), |timeout| function.with_timeout(timeout))
+        self.timeout.map_or_else(|| function.clone(), |timeout| function.within(timeout))
     }
 
     fn to_call(&self) -> Call<'_> {

@@ -234,7 +234,7 @@ pub(crate) fn call_that_uses_up_its_workers_cpu_time_ends(builder: WorkerBuilder
 pub(crate) fn deadline_holds_beside_cpu_time(builder: WorkerBuilder) {
     let _watchdog = watchdog();
     let cell = Cell::new(builder.cpu_time_per_call(Duration::from_secs(1000)));
-    let nap = cell.f1("nap_ms").with_timeout(Duration::from_millis(50));
+    let nap = cell.f1("nap_ms").with_timeout(Duration::from_millis(50)).unwrap();
     let error = nap.call(600_000).unwrap_err();
     assert!(matches!(error, CallError::TimedOut { .. }), "{error:?}");
     assert_eq!(error.code(), "ERR_CALL_TIMEOUT");

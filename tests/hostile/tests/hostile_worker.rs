@@ -376,7 +376,7 @@ tests! {
             let policy = [WaitPolicy::Adaptive, WaitPolicy::Park, WaitPolicy::Spin][at % 3];
             let cell = Cell::with(liar(format!("state:{state}")).wait(policy));
             let f = cell.module.function::<fn(u64) -> u64>("f").unwrap();
-            let f = if pending { f.with_timeout(SHORT) } else { f };
+            let f = if pending { f.with_timeout(SHORT).unwrap() } else { f };
             match (f.call(7), state & !PARKED) {
                 (Err(CallError::TimedOut { worker_killed: true, .. }), 1) => {}
                 (Ok(7), 2) => {}
@@ -414,7 +414,7 @@ tests! {
         for lie in ["stream-silence", "stream-head:0", "stream-shifted:4294967295"] {
             for policy in [WaitPolicy::Adaptive, WaitPolicy::Park, WaitPolicy::Spin] {
                 let cell = Cell::with(liar(lie).wait(policy));
-                let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+                let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
                 let mut pipeline = f.pipeline().unwrap();
                 pipeline.send(7).unwrap();
                 match pipeline.receive() {
@@ -481,7 +481,7 @@ tests! {
             let cell = Cell::new(format!("{lie}:{seed}"));
             // It starts with the first call.
             let function = cell.module.function::<fn(u64) -> u64>("f").unwrap();
-            let function = function.with_timeout(Duration::from_secs(1));
+            let function = function.with_timeout(Duration::from_secs(1)).unwrap();
             for _ in 0..10 {
                 let Ok(mut pipeline) = function.pipeline() else { break };
                 for i in 0..200 {
@@ -497,7 +497,7 @@ tests! {
     fn silence_is_a_deadline_and_the_end_of_the_worker() {
         for policy in [WaitPolicy::Adaptive, WaitPolicy::Park, WaitPolicy::Spin] {
             let cell = Cell::with(liar("silence").wait(policy));
-            let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+            let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
             match f.call(7) {
                 Err(CallError::TimedOut { after, worker_killed: true, .. }) => assert_eq!(after, SHORT),
                 other => panic!("{other:?}"),
@@ -512,7 +512,7 @@ tests! {
     fn silence_is_only_the_session_given_up_where_that_is_asked_for() {
         let builder = liar("silence").on_deadline(OnDeadline::AbandonSession);
         let cell = Cell::with(builder);
-        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
         assert!(matches!(f.call(7), Err(CallError::TimedOut { worker_killed: false, .. })));
         assert!(matches!(f.call(7), Err(CallError::Abandoned { .. })));
         assert!(matches!(cell.session.ping(), Err(CallError::Abandoned { .. })));
@@ -525,7 +525,7 @@ tests! {
         let worker = builder.start_timeout(Duration::from_secs(30)).spawn().unwrap();
         let options = SessionBuilder::new().on_deadline(OnDeadline::AbandonSession);
         let session = worker.session_with(options).unwrap();
-        let f = session.load("x").unwrap().function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+        let f = session.load("x").unwrap().function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
         for _ in 0..50 {
             let _ = f.call(1);
         }
@@ -547,7 +547,7 @@ tests! {
     fn wake_storm_only_costs_time() {
         for policy in [WaitPolicy::Adaptive, WaitPolicy::Park] {
             let cell = Cell::with(liar("wake-storm").wait(policy));
-            let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+            let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
             assert!(matches!(f.call(7), Err(CallError::TimedOut { worker_killed: true, .. })));
         }
     }
@@ -702,7 +702,7 @@ tests! {
 
     fn worker_that_stopped_itself_is_killed_at_the_deadline() {
         let cell = Cell::new("stop");
-        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
         assert!(matches!(f.call(1), Err(CallError::TimedOut { .. })));
         assert!(matches!(wait_for_the_end(&cell.worker).cause(), Cause::DeadlineExceeded { .. }));
     }
@@ -827,7 +827,7 @@ tests! {
 
     fn worker_that_cannot_be_killed_keeps_nobody_waiting() {
         let cell = Cell::new("grandchild-stops-the-exit");
-        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT);
+        let f = cell.module.function::<fn(u64) -> u64>("f").unwrap().with_timeout(SHORT).unwrap();
         let call = f.submit(7).unwrap();
         let told = || String::from_utf8_lossy(&cell.worker.stderr_tail()).into_owned();
         let start = Instant::now();
