@@ -4,6 +4,7 @@
 //! says what a caller passes for it and how that becomes a word; the result type implements [`Returned`]. Everything is known to the compiler, so a
 //! call of numbers compiles to plain stores into the slot, the publish, the wait, and a load.
 
+use crate::budget::Budget;
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
 use crate::session::{
@@ -130,7 +131,12 @@ pub trait Returned: Sealed {
     }
     #[doc(hidden)]
     #[inline(always)]
-    fn decode(frame: &Frame<'_>, _string: u64, _name: &FunctionName) -> Result<Self::Output, CallError> {
+    fn decode(
+        frame: &Frame<'_>,
+        _string: u64,
+        _name: &FunctionName,
+        _budget: Budget,
+    ) -> Result<Self::Output, CallError> {
         Ok(Self::from_word(frame.reply(0), frame.session()))
     }
 }
@@ -529,6 +535,7 @@ pub(crate) fn decode_string(
     frame: &Frame<'_>,
     target: u64,
     name: &FunctionName,
+    budget: Budget,
 ) -> Result<Option<CString>, CallError> {
     let session = frame.session();
     let max = session.options.longest_string();
@@ -538,7 +545,7 @@ pub(crate) fn decode_string(
         STRING_LONGER => Err(CallError::StringTooLong { function: name.clone(), max }),
         STRING_LOST => Err(lost(CallError::OutOfMemory { bytes: max })),
         length if length <= STRING_ROOM as u64 => Ok(Some(frame.string(target, length))),
-        length if length <= max => match frame.fetch_string(frame.reply(0), length) {
+        length if length <= max => match frame.fetch_string(frame.reply(0), length, budget) {
             Ok(string) => Ok(Some(string)),
             // The fetching did not run; the function did.
             Err(CallError::Crashed(_) | CallError::Disposed(_)) => {
@@ -555,8 +562,14 @@ impl Returned for CString {
     type Output = CString;
     const TYPE: Type = Type::CString;
     const STRING: bool = true;
-    fn decode(frame: &Frame<'_>, string: u64, name: &FunctionName) -> Result<CString, CallError> {
-        decode_string(frame, string, name)?.ok_or_else(|| CallError::NullString { function: name.clone() })
+    fn decode(
+        frame: &Frame<'_>,
+        string: u64,
+        name: &FunctionName,
+        budget: Budget,
+    ) -> Result<CString, CallError> {
+        decode_string(frame, string, name, budget)?
+            .ok_or_else(|| CallError::NullString { function: name.clone() })
     }
 }
 
@@ -568,8 +581,13 @@ impl Returned for Nullable<CString> {
     type Output = Option<CString>;
     const TYPE: Type = Type::CString;
     const STRING: bool = true;
-    fn decode(frame: &Frame<'_>, string: u64, name: &FunctionName) -> Result<Option<CString>, CallError> {
-        decode_string(frame, string, name)
+    fn decode(
+        frame: &Frame<'_>,
+        string: u64,
+        name: &FunctionName,
+        budget: Budget,
+    ) -> Result<Option<CString>, CallError> {
+        decode_string(frame, string, name, budget)
     }
 }
 
@@ -581,10 +599,15 @@ impl<R: Returned> Returned for WithErrno<R> {
     const STRING: bool = R::STRING;
     #[inline(always)]
     #[allow(clippy::cast_possible_truncation)]
-    fn decode(frame: &Frame<'_>, string: u64, name: &FunctionName) -> Result<Self::Output, CallError> {
+    fn decode(
+        frame: &Frame<'_>,
+        string: u64,
+        name: &FunctionName,
+        budget: Budget,
+    ) -> Result<Self::Output, CallError> {
         // Before a returned string is fetched in a second round.
         let errno = Errno((frame.reply(2) as u32).cast_signed());
-        Ok((R::decode(frame, string, name)?, errno))
+        Ok((R::decode(frame, string, name, budget)?, errno))
     }
 }
 
@@ -644,6 +667,7 @@ pub trait FunctionType: Sealed {
         string: u64,
         frame: &Frame<'_>,
         name: &FunctionName,
+        budget: Budget,
     ) -> Result<Self::Output, CallError>;
 }
 
@@ -765,7 +789,7 @@ impl<F: FunctionType> Function<F> {
     #[inline(never)]
     fn call_framed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
         match self.session.claim_direct() {
-            Some(frame) => self.call_in(frame, values),
+            Some(frame) => self.call_in(frame, values, self.budget()),
             None => self.call_elsewhere(values),
         }
     }
@@ -777,7 +801,7 @@ impl<F: FunctionType> Function<F> {
             Some(latencies) => {
                 let started = latencies.start();
                 let output = match self.session.claim_direct_measured() {
-                    Some(frame) => self.call_in(frame, values),
+                    Some(frame) => self.call_in(frame, values, self.budget()),
                     None => self.call_claimed(values),
                 }?;
                 latencies.stop(started);
@@ -788,16 +812,27 @@ impl<F: FunctionType> Function<F> {
 
     #[inline(never)]
     fn call_claimed(&self, values: F::Values<'_>) -> Result<F::Output, CallError> {
-        let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
-        self.call_in(frame, values)
+        let mut budget = self.budget();
+        let frame = self.session.claim(&mut budget, || FunctionName::clone(&self.target.name))?;
+        self.call_in(frame, values, budget)
     }
 
     #[inline(always)]
-    fn call_in(&self, mut frame: Frame<'_>, mut values: F::Values<'_>) -> Result<F::Output, CallError> {
+    fn budget(&self) -> Budget {
+        Budget::new(self.target.timeout)
+    }
+
+    #[inline(always)]
+    fn call_in(
+        &self,
+        mut frame: Frame<'_>,
+        mut values: F::Values<'_>,
+        mut budget: Budget,
+    ) -> Result<F::Output, CallError> {
         let (words, string) = F::encode(&mut values, &mut frame, &self.target.name)?;
         frame.publish(self.target.index, self.target.label);
-        frame.wait(self.target.timeout, || FunctionName::clone(&self.target.name))?;
-        F::finish(values, words, string, &frame, &self.target.name)
+        frame.wait(&mut budget, || FunctionName::clone(&self.target.name))?;
+        F::finish(values, words, string, &frame, &self.target.name, budget)
     }
 
     /// [`Function::call_tuple`] for whoever may make a call again: one that fails gives its values back. `still` is asked when the call has its slot and is not yet sent; a no ends it with
@@ -848,7 +883,7 @@ impl<F: FunctionType> Function<F> {
         if let Some(error) = self.session.run_straight(&self.target, &frame) {
             return Err(Failed { error: *error, values: Some(values) });
         }
-        let output = F::finish(values, words, string, &frame, &self.target.name);
+        let output = F::finish(values, words, string, &frame, &self.target.name, self.budget());
         self.session.release_straight();
         output.map_err(|error| Failed { error, values: None })
     }
@@ -861,7 +896,7 @@ impl<F: FunctionType> Function<F> {
         still: impl Fn() -> bool,
     ) -> Result<F::Output, Failed<F::Values<'a>>> {
         match self.session.claim_direct() {
-            Some(frame) => self.attempt_in(frame, values, still),
+            Some(frame) => self.attempt_in(frame, values, self.budget(), still),
             None => self.attempt_elsewhere(values, still),
         }
     }
@@ -877,7 +912,7 @@ impl<F: FunctionType> Function<F> {
             Some(latencies) => {
                 let started = latencies.start();
                 let output = match self.session.claim_direct_measured() {
-                    Some(frame) => self.attempt_in(frame, values, still),
+                    Some(frame) => self.attempt_in(frame, values, self.budget(), still),
                     None => self.attempt_claimed(values, still),
                 }?;
                 latencies.stop(started);
@@ -892,8 +927,9 @@ impl<F: FunctionType> Function<F> {
         values: F::Values<'a>,
         still: impl Fn() -> bool,
     ) -> Result<F::Output, Failed<F::Values<'a>>> {
-        match self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name)) {
-            Ok(frame) => self.attempt_in(frame, values, still),
+        let mut budget = self.budget();
+        match self.session.claim(&mut budget, || FunctionName::clone(&self.target.name)) {
+            Ok(frame) => self.attempt_in(frame, values, budget, still),
             Err(error) => Err(Failed { error, values: Some(values) }),
         }
     }
@@ -903,6 +939,7 @@ impl<F: FunctionType> Function<F> {
         &self,
         mut frame: Frame<'_>,
         mut values: F::Values<'a>,
+        mut budget: Budget,
         still: impl Fn() -> bool,
     ) -> Result<F::Output, Failed<F::Values<'a>>> {
         if !still() {
@@ -913,8 +950,8 @@ impl<F: FunctionType> Function<F> {
             Err(error) => return Err(Failed { error, values: Some(values) }),
         };
         frame.publish(self.target.index, self.target.label);
-        match frame.wait(self.target.timeout, || FunctionName::clone(&self.target.name)) {
-            Ok(()) => F::finish(values, words, string, &frame, &self.target.name)
+        match frame.wait(&mut budget, || FunctionName::clone(&self.target.name)) {
+            Ok(()) => F::finish(values, words, string, &frame, &self.target.name, budget)
                 .map_err(|error| Failed { error, values: None }),
             Err(error) => Err(Failed { error, values: Some(values) }),
         }
@@ -926,7 +963,7 @@ impl<F: FunctionType> Function<F> {
         mut values: F::Values<'a>,
     ) -> Result<Ticket<'a, F>, Failed<F::Values<'a>>> {
         let Target { index, label, timeout, name } = &self.target;
-        let claimed = self.session.claim_ring(*timeout, || FunctionName::clone(name));
+        let claimed = self.session.claim_ring(&mut Budget::new(*timeout), || FunctionName::clone(name));
         let encoded = claimed.and_then(|mut frame| {
             let encoded = F::encode(&mut values, &mut frame, name)?;
             Ok((frame, encoded))
@@ -962,7 +999,8 @@ impl<F: FunctionType> Function<F> {
         mut values: F::Values<'a>,
         patience: Duration,
     ) -> Result<Ticket<'a, F>, CallError> {
-        let mut frame = self.session.claim_ring(patience, || FunctionName::clone(&self.target.name))?;
+        let mut budget = Budget::new(patience);
+        let mut frame = self.session.claim_ring(&mut budget, || FunctionName::clone(&self.target.name))?;
         let (words, string) = F::encode(&mut values, &mut frame, &self.target.name)?;
         frame.publish(self.target.index, self.target.label);
         let detached = Some(frame.detach());
@@ -1007,8 +1045,9 @@ impl<F: FunctionType> Ticket<'_, F> {
             return Err(CallError::Forked);
         }
         let mut frame = detached.attach(&function.session);
-        frame.wait(function.target.timeout, || FunctionName::clone(&function.target.name))?;
-        F::finish(values, self.words, self.string, &frame, &function.target.name)
+        let mut budget = function.budget();
+        frame.wait(&mut budget, || FunctionName::clone(&function.target.name))?;
+        F::finish(values, self.words, self.string, &frame, &function.target.name, budget)
     }
 }
 
@@ -1092,8 +1131,9 @@ macro_rules! arities {
                 string: u64,
                 frame: &Frame<'_>,
                 name: &FunctionName,
+                budget: Budget,
             ) -> Result<Self::Output, CallError> {
-                let output = R::decode(frame, string, name)?;
+                let output = R::decode(frame, string, name, budget)?;
                 $($P::finish(values.$i, words[$i], frame);)*
                 Ok(output)
             }

@@ -1,5 +1,6 @@
 //! Calls whose types are known only at run time: by name, with arguments that are checked against the declared signature when the call is made.
 
+use crate::budget::Budget;
 use crate::call::{Errno, STRING_ROOM, decode_string, lend_str};
 use crate::error::{CallError, FunctionName, LoadError};
 use crate::module::Module;
@@ -683,7 +684,7 @@ impl DynFunction {
         }
         let call = Checked { index, need, count, numbers, string };
         match self.session.claim_direct() {
-            Some(frame) => self.call_in(frame, args, &mut words, call, more),
+            Some(frame) => self.call_in(frame, args, &mut words, call, self.budget(), more),
             None => self.call_elsewhere(args, &mut words, call, more),
         }
     }
@@ -701,7 +702,7 @@ impl DynFunction {
             Some(latencies) => {
                 let started = latencies.start();
                 let output = match self.session.claim_direct_measured() {
-                    Some(frame) => self.call_in(frame, args, words, call, more),
+                    Some(frame) => self.call_in(frame, args, words, call, self.budget(), more),
                     None => self.call_claimed(args, words, call, more),
                 }?;
                 latencies.stop(started);
@@ -718,8 +719,14 @@ impl DynFunction {
         call: Checked,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
-        let frame = self.session.claim(self.target.timeout, || FunctionName::clone(&self.target.name))?;
-        self.call_in(frame, args, words, call, more)
+        let mut budget = self.budget();
+        let frame = self.session.claim(&mut budget, || FunctionName::clone(&self.target.name))?;
+        self.call_in(frame, args, words, call, budget, more)
+    }
+
+    #[inline(always)]
+    fn budget(&self) -> Budget {
+        Budget::new(self.target.timeout)
     }
 
     #[inline(always)]
@@ -729,6 +736,7 @@ impl DynFunction {
         args: &mut [Arg<'_>],
         words: &mut [u64],
         call: Checked,
+        mut budget: Budget,
         more: impl FnOnce(&Frame<'_>) -> T,
     ) -> Result<(Value, T), CallError> {
         let places = &self.function.places;
@@ -773,11 +781,11 @@ impl DynFunction {
             }
         }
         frame.publish(index, self.target.label);
-        frame.wait(self.target.timeout, || name.clone())?;
+        frame.wait(&mut budget, || name.clone())?;
         let more = more(&frame);
         let value = match self.function.result {
             ResultKind::Other(Type::CString) => {
-                decode_string(&frame, target, name)?.map_or(Value::Null, Value::CString)
+                decode_string(&frame, target, name, budget)?.map_or(Value::Null, Value::CString)
             }
             kind => kind.value(frame.reply(0), frame.session()),
         };

@@ -47,6 +47,7 @@
 //!   variable [`WORKER_VARIABLE`].
 //! - `metrics`: supervisors tell the recorder that the host has installed with the crate `metrics` of their workers and sessions.
 
+mod budget;
 mod call;
 mod cgroup;
 mod crash;

@@ -8,6 +8,7 @@
 //! Everything that decides anything is private to this process: which slots are free, how many requests were published, what each was. From the
 //! region come only turns, words and bytes, and they are checked before they are used.
 
+use crate::budget::Budget;
 use crate::crash::{Cause, CrashReport, Involvement};
 use crate::error::{CallError, FunctionName, LoadError, StartError};
 use crate::home::{ASKED, FREE, Home, MOVING, Mark, NOBODY, TAKEN, UNSURE};
@@ -82,7 +83,11 @@ impl SessionBuilder {
         Self::default()
     }
 
-    /// Default: 30 s. Deadline of each call, for functions that set none themselves. Zero is refused.
+    /// Default: 30 s. How long each call may take, for functions that have no timeout of their own. Zero is refused.
+    ///
+    /// It is one deadline for all that a call may wait for: its turn among many callers, a free slot, the reply, the bytes of a long string. It counts from the moment at which the call first waits. A call that
+    /// gets no slot in time is not sent and answers [`CallError::Full`]; one that gets no reply in time answers [`CallError::TimedOut`], and [`SessionBuilder::on_deadline`] says what else happens. The
+    /// session's own requests ([`Session::read`], [`Session::write`], [`Session::close`], loading) are calls, also where they take several messages.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -324,30 +329,31 @@ impl Session {
         }
     }
 
-    /// Copies worker memory. A bad address is an error here and does the worker no harm.
+    /// Copies worker memory, all of it within the session's timeout. A bad address is an error here and does the worker no harm.
     ///
     /// # Errors
     /// [`CallError::BadAddress`] (then `into` is partly filled), and those of any call.
     pub fn read(&self, pointer: RemotePtr, into: &mut [u8]) -> Result<(), CallError> {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("read"))?;
-        inner.read_memory(address, into, || inner.claim(inner.options.timeout, || inner.own_name("read")))
+        let mut budget = inner.budget();
+        inner.read_memory(address, into, &mut budget, |budget| inner.claim(budget, || inner.own_name("read")))
     }
 
-    /// Writes worker memory. A bad address is an error here and does the worker no harm.
+    /// Writes worker memory, all of it within the session's timeout. A bad address is an error here and does the worker no harm.
     ///
     /// # Errors
     /// [`CallError::BadAddress`] (then the part before it is written), and those of any call.
     pub fn write(&self, pointer: RemotePtr, from: &[u8]) -> Result<(), CallError> {
         let inner = &self.owner.inner;
         let address = inner.address_of(pointer, || inner.own_name("write"))?;
-        let mut done = 0;
+        let (mut done, mut budget) = (0, inner.budget());
         for piece in from.chunks(inner.piece_bytes()) {
-            let mut frame = inner.claim(inner.options.timeout, || inner.own_name("write"))?;
+            let mut frame = inner.claim(&mut budget, || inner.own_name("write"))?;
             frame.reserve(Need::of(piece.len()), || inner.own_name("write"))?;
             let source = frame.lend(piece);
             let words = [address.wrapping_add(done), source, piece.len() as u64];
-            match frame.run_fixed(fixed::WRITE, &words, "write")? {
+            match frame.run_fixed(fixed::WRITE, &words, "write", &mut budget)? {
                 [fixed::OK, _] => {}
                 _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
             }
@@ -681,7 +687,6 @@ pub struct SessionInner {
     rate: Mutex<CallRate>,
     abandoned: Mutex<Vec<AbandonedCall>>,
     labels: Mutex<Vec<FunctionName>>,
-    directory: Mutex<()>,
     /// Blocks that `alloc` gave and `free` did not take back.
     blocks: AtomicU64,
     /// What was resolved before, by module, symbol, signature and errno: a host that resolves again and again costs nobody anything.
@@ -734,7 +739,6 @@ impl SessionInner {
             rate: Mutex::default(),
             abandoned: Mutex::default(),
             labels: Mutex::new(vec![own]),
-            directory: Mutex::default(),
             blocks: AtomicU64::new(0),
             resolved: Mutex::default(),
             id,
@@ -936,28 +940,33 @@ impl SessionInner {
         });
     }
 
-    /// Takes a slot for a blocking call, waiting at most `timeout` for one if all are taken.
+    /// The budget of one of the session's own requests.
+    fn budget(&self) -> Budget {
+        Budget::new(self.options.timeout)
+    }
+
+    /// Takes a slot for a blocking call, waiting for one if all are taken.
     pub(crate) fn claim(
         &self,
-        timeout: Duration,
+        budget: &mut Budget,
         function: impl Fn() -> FunctionName,
     ) -> Result<Frame<'_>, CallError> {
         if self.status.load(Acquire) != self.original.load(Relaxed) {
             self.refuse(&function)?;
         }
-        self.take_turns(timeout);
+        self.take_turns(budget);
         if self.move_home()
             && let Some(frame) = self.claim_direct_measured()
         {
             return Ok(frame);
         }
-        self.claim_ring(timeout, function)
+        self.claim_ring(budget, function)
     }
 
     /// Hands the calling thread's turn on if it was asked to, notices a crowd, and waits for the thread's turn in it. See [`crate::turns`].
     #[cold]
     #[inline(never)]
-    fn take_turns(&self, timeout: Duration) {
+    fn take_turns(&self, budget: &mut Budget) {
         if self.options.policy == WaitPolicy::Park {
             return; // sleeps for each reply anyway
         }
@@ -977,7 +986,7 @@ impl SessionInner {
                 return;
             }
         }
-        Turns::get().wait(here, &self.me, timeout);
+        Turns::get().wait(here, &self.me, budget.wait());
         self.leave_workers_cpu();
     }
 
@@ -1095,29 +1104,31 @@ impl SessionInner {
         self.direct.home.settle(here, || self.region.direct().turn() == Turn::Pending);
     }
 
-    /// Takes a ring slot, waiting at most `timeout` for one to become free.
+    /// Takes a ring slot, waiting for one to become free.
     pub(crate) fn claim_ring(
         &self,
-        timeout: Duration,
+        budget: &mut Budget,
         function: impl Fn() -> FunctionName,
     ) -> Result<Frame<'_>, CallError> {
-        let mut since = None;
         loop {
             if self.status.load(Acquire) != self.original.load(Relaxed) {
                 self.refuse(&function)?;
             }
+            // A call that has no time left is not sent: its worker would be killed for it.
+            if budget.is_over() {
+                return Err(CallError::Full { slots: self.options.slots - 1 });
+            }
             if let Some(frame) = self.try_claim_ring() {
                 return Ok(frame);
             }
-            let left = timeout.checked_sub(since.get_or_insert_with(Instant::now).elapsed());
-            let Some(left) = left.filter(|left| !left.is_zero()) else {
-                return Err(CallError::Full { slots: self.options.slots - 1 });
-            };
+            let slice = budget.wait().min(Duration::from_millis(1));
+            if slice.is_zero() {
+                continue;
+            }
             self.waiting.fetch_add(1, Relaxed);
             // A wake-up can be missed between the look above and the wait below, and a dropped ticket's slot becomes free without one: hence
             // the short slice. It only matters when all slots are taken.
             let (mutex, freed) = &self.freed;
-            let slice = left.min(Duration::from_millis(1));
             drop(freed.wait_timeout(lock(mutex), slice).unwrap_or_else(PoisonError::into_inner));
             self.waiting.fetch_sub(1, Relaxed);
         }
@@ -1454,14 +1465,16 @@ impl SessionInner {
         words: &[u64],
         what: &'static str,
     ) -> Result<[u64; 2], CallError> {
-        self.claim(self.options.timeout, || self.own_name(what))?.run_fixed(function, words, what)
+        let mut budget = self.budget();
+        self.claim(&mut budget, || self.own_name(what))?.run_fixed(function, words, what, &mut budget)
     }
 
     /// What a session with a memory limit has in use, had at most, and was refused.
     pub(crate) fn memory_counts(&self) -> Result<[u64; 3], CallError> {
         let name = || self.own_name("memory");
-        let mut frame = self.claim(self.options.timeout, name)?;
-        match frame.run_fixed(fixed::MEMORY, &[], "memory")? {
+        let mut budget = self.budget();
+        let mut frame = self.claim(&mut budget, name)?;
+        match frame.run_fixed(fixed::MEMORY, &[], "memory", &mut budget)? {
             [fixed::OK, used] => Ok([used, frame.reply(2), frame.reply(3)]),
             _ => {
                 drop(frame);
@@ -1475,15 +1488,16 @@ impl SessionInner {
         &self,
         address: u64,
         into: &mut [u8],
-        claim: impl Fn() -> Result<Frame<'s>, CallError>,
+        budget: &mut Budget,
+        claim: impl Fn(&mut Budget) -> Result<Frame<'s>, CallError>,
     ) -> Result<(), CallError> {
         let mut done = 0;
         for piece in into.chunks_mut(self.piece_bytes()) {
-            let mut frame = claim()?;
+            let mut frame = claim(budget)?;
             frame.reserve(Need::of(piece.len()), || self.own_name("read"))?;
             let target = frame.room(piece.len());
             let words = [target, address.wrapping_add(done), piece.len() as u64];
-            match frame.run_fixed(fixed::READ, &words, "read")? {
+            match frame.run_fixed(fixed::READ, &words, "read", budget)? {
                 [fixed::OK, _] => frame.read_back(target, piece),
                 _ => return Err(CallError::BadAddress { address, bytes: done + piece.len() as u64 }),
             }
@@ -1499,13 +1513,14 @@ impl SessionInner {
         name: impl Fn() -> FunctionName,
     ) -> Result<CString, CallError> {
         let max = bytes_max.min(self.options.payload_bytes_max);
-        let mut room = max.min(16 << 10);
+        let (mut room, mut budget) = (max.min(16 << 10), self.budget());
         loop {
             let bytes = usize::try_from(room).unwrap_or(usize::MAX);
-            let mut frame = self.claim(self.options.timeout, &name)?;
+            let mut frame = self.claim(&mut budget, &name)?;
             frame.reserve(Need::of(bytes), &name)?;
             let target = frame.room(bytes);
-            match frame.run_fixed(fixed::READ_STRING, &[target, address, room], "read_string")? {
+            let words = [target, address, room];
+            match frame.run_fixed(fixed::READ_STRING, &words, "read_string", &mut budget)? {
                 [fixed::OK, length] if length <= room => return Ok(frame.string(target, length)),
                 [fixed::OK, length] => {
                     return Err(
@@ -1524,7 +1539,6 @@ impl SessionInner {
         if self.is_forked() {
             return Err(CallError::Forked); // the lock may be held for ever, by a thread that was not forked
         }
-        let _one_at_a_time = lock(&self.directory);
         let label = self.label(name.clone());
         let bytes = control::encode(request);
         let capacity = fixed::DIRECTORY_BYTES_MAX;
@@ -1532,7 +1546,8 @@ impl SessionInner {
         if bytes.len() > capacity {
             return Err(CallError::TooLarge { function: name.clone(), bytes: bytes.len() as u64, max });
         }
-        let mut frame = self.claim(self.options.timeout, || name.clone())?;
+        let mut budget = self.budget();
+        let mut frame = self.claim(&mut budget, || name.clone())?;
         frame.reserve(Need::of(capacity), || name.clone())?;
         let block = frame.room(capacity);
         frame.write_at(block, &bytes);
@@ -1540,7 +1555,7 @@ impl SessionInner {
             frame.set(i, word);
         }
         frame.publish(fixed::DIRECTORY, label);
-        frame.wait(self.options.timeout, || name.clone())?;
+        frame.wait(&mut budget, || name.clone())?;
         let (status, length) = (frame.reply(0), frame.reply(1));
         let mut answer = vec![0; usize::try_from(length.min(max)).unwrap_or(0)];
         frame.read_back(block, &mut answer);
@@ -1609,8 +1624,9 @@ impl SessionInner {
     }
 
     fn close(&self) -> Result<(), CallError> {
-        let mut frame = self.claim(self.options.timeout, || self.own_name("close"))?;
-        let closed = frame.run_fixed(fixed::CLOSE, &[], "close").map(drop);
+        let mut budget = self.budget();
+        let mut frame = self.claim(&mut budget, || self.own_name("close"))?;
+        let closed = frame.run_fixed(fixed::CLOSE, &[], "close", &mut budget).map(drop);
         drop(frame);
         // From here on the session's thread is gone, or its worker is.
         if closed.is_ok() {
@@ -1622,10 +1638,10 @@ impl SessionInner {
     /// Closes the session if that takes no longer than `timeout`, calls in flight included. If it takes longer nothing is ended on that account.
     pub(crate) fn close_within(&self, timeout: Duration) -> bool {
         // Through the ring: the direct slot may be taken, and is not waited for.
-        let started = Instant::now();
-        let Ok(mut frame) = self.claim_ring(timeout, || self.own_name("close")) else { return false };
+        let mut budget = Budget::new(timeout);
+        let Ok(mut frame) = self.claim_ring(&mut budget, || self.own_name("close")) else { return false };
         frame.publish(fixed::CLOSE, OWN_LABEL);
-        let closed = frame.wait_at_most(timeout.saturating_sub(started.elapsed())) == Waited::Replied;
+        let closed = frame.wait_at_most(&mut budget) == Waited::Replied;
         frame.stage = if closed { Stage::Replied } else { Stage::Lost };
         drop(frame);
         if closed {
@@ -1898,23 +1914,23 @@ impl<'s> Frame<'s> {
     #[inline(always)]
     pub(crate) fn wait(
         &mut self,
-        timeout: Duration,
+        budget: &mut Budget,
         function: impl FnOnce() -> FunctionName,
     ) -> Result<(), CallError> {
-        let waited = self.wait_at_most(timeout);
+        let waited = self.wait_at_most(budget);
         if waited == Waited::Replied {
             self.stage = Stage::Replied;
             return Ok(());
         }
-        Err(self.lost(waited, timeout, function()))
+        Err(self.lost(waited, budget.timeout(), function()))
     }
 
     #[inline(always)]
-    fn wait_at_most(&self, timeout: Duration) -> Waited {
+    fn wait_at_most(&self, budget: &mut Budget) -> Waited {
         if wait::look_for_reply(self.slot, &self.session.spin) {
             return Waited::Replied;
         }
-        self.wait_slowly(timeout)
+        self.wait_slowly(budget.wait())
     }
 
     #[inline(always)]
@@ -1989,14 +2005,20 @@ impl<'s> Frame<'s> {
     }
 
     /// Publishes one of the session's own functions and waits for it. Gives its first two reply words.
-    fn run_fixed(&mut self, function: u32, words: &[u64], what: &'static str) -> Result<[u64; 2], CallError> {
+    fn run_fixed(
+        &mut self,
+        function: u32,
+        words: &[u64],
+        what: &'static str,
+        budget: &mut Budget,
+    ) -> Result<[u64; 2], CallError> {
         for (i, word) in words.iter().enumerate() {
             self.set(i, *word);
         }
         self.closes = function == fixed::CLOSE;
         self.publish(function, OWN_LABEL);
         let session = self.session;
-        self.wait(session.options.timeout, || session.own_name(what))?;
+        self.wait(budget, || session.own_name(what))?;
         Ok([self.reply(0), self.reply(1)])
     }
 
@@ -2008,10 +2030,10 @@ impl<'s> Frame<'s> {
     }
 
     /// A frame for a request of the session's own that belongs to this call, whose reply is in: on the same slot if that is the direct one, else on any.
-    fn follow_up(&self, what: &'static str) -> Result<Frame<'s>, CallError> {
+    fn follow_up(&self, what: &'static str, budget: &mut Budget) -> Result<Frame<'s>, CallError> {
         let session = self.session;
         if !matches!(self.lane, Lane::Direct) {
-            return session.claim(session.options.timeout, || session.own_name(what));
+            return session.claim(budget, || session.own_name(what));
         }
         let sequence = session.direct.published.load(Relaxed) + 1;
         let mut frame = Frame::new(session, Lane::Direct, self.slot, sequence);
@@ -2020,10 +2042,17 @@ impl<'s> Frame<'s> {
     }
 
     /// Copies a returned string out of the block in which the worker keeps it, and frees that. Overwrites the reply.
-    pub(crate) fn fetch_string(&self, address: u64, length: u64) -> Result<CString, CallError> {
+    pub(crate) fn fetch_string(
+        &self,
+        address: u64,
+        length: u64,
+        mut budget: Budget,
+    ) -> Result<CString, CallError> {
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-        self.session.read_memory(address, &mut bytes, || self.follow_up("read"))?;
-        self.follow_up("free")?.run_fixed(fixed::FREE, &[address], "free")?;
+        let claim = |budget: &mut Budget| self.follow_up("read", budget);
+        self.session.read_memory(address, &mut bytes, &mut budget, claim)?;
+        let mut free = self.follow_up("free", &mut budget)?;
+        free.run_fixed(fixed::FREE, &[address], "free", &mut budget)?;
         Ok(c_string(bytes))
     }
 

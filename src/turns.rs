@@ -4,7 +4,8 @@
 //! for, and every call then lasts as long as the scheduler leaves somebody running: milliseconds. So callers that notice it take turns. For [`TURN`] one of them (one for
 //! each pair of CPUs) calls at full speed, while the others sleep in the order in which they came.
 //!
-//! **Law.** A turn is a courtesy, never a permission. No call's correctness depends on it, and no caller waits for it longer than [`WAIT_MAX`] or a quarter of its own timeout.
+//! **Law.** A turn is a courtesy, never a permission. No call's correctness depends on it, and no caller waits for it longer than [`WAIT_MAX`] or a quarter of its own timeout,
+//! which that wait is a part of.
 //! A holder that is asked to hand its turn on and does not (its thread ended, or is in a long call) loses it after [`GRACE`]. All that is here is private to this process.
 //!
 //! Only *dense* callers take part: those whose session makes calls of at most [`DENSE_CALL`] on average. Who calls from time to time, who sleeps for each reply by policy, and

@@ -155,7 +155,7 @@ impl WorkerBuilder {
         self
     }
 
-    /// Default: 30 s. Deadline of each call, for sessions and functions that set none themselves. Zero is refused.
+    /// Default: 30 s. How long each call may take, for sessions and functions that set nothing themselves: see [`SessionBuilder::timeout`]. Zero is refused.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.session = self.session.timeout(timeout);
         self

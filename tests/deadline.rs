@@ -6,9 +6,10 @@ mod faults;
 use faults::in_time::{in_time, prepared};
 use faults::{Cell, crashed, eventually, is_gone, napping, next_worker_works, watchdog};
 use hotcell::{
-    Block, CallError, Cause, Function, InOut, Involvement, LoadError, OnDeadline, Out, RemotePtr, Session,
-    SessionBuilder, Ticket, WaitPolicy, Worker,
+    Block, CallError, Cause, Function, In, InOut, Involvement, LoadError, OnDeadline, Out, RemotePtr,
+    Session, SessionBuilder, Ticket, WaitPolicy, Worker,
 };
+use std::ffi::CString;
 use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_millis(50);
@@ -281,6 +282,72 @@ fn a_zero_timeout_is_refused_wherever_one_is_set_and_nothing_is_sent() {
     }
     assert_eq!(cell.session.counters().requests, before);
     assert_eq!(typed.call(2, 3).unwrap(), 5);
+}
+
+// One timeout for all waits of a call. What these calls wait for first is there after four fifths of their timeout, what they wait for then never comes. A call whose second wait had a timeout of
+// its own could not be back sooner than that after the first one was over; one whose waits share a timeout is back after a fifth of it, unless the machine is held up for as long as the rest.
+
+#[test]
+fn the_wait_for_a_slot_and_the_wait_for_the_reply_share_a_calls_timeout() {
+    let _watchdog = watchdog();
+    in_time(Duration::from_millis(400), |timeout| {
+        let session = Worker::spawn().unwrap().session_with(SessionBuilder::new().slots(2)).unwrap();
+        let wait = session.load(faults::faulty()).unwrap();
+        let wait: Function<fn(RemotePtr, i32) -> i32> = wait.function("wait_for").unwrap();
+        let (first, never) = (session.block(4).unwrap(), session.block(4).unwrap());
+        assert!(first.write_value(0, &0u32) && never.write_value(0, &0u32));
+        // This thread is at home in the direct slot, and the one other slot is taken: another thread's call waits for it.
+        let taken = wait.submit(first.pointer(), 1).unwrap();
+        let late = wait.with_timeout(timeout).unwrap();
+        std::thread::scope(|scope| {
+            let late = scope.spawn(move || (late.call(never.pointer(), 0), Instant::now()));
+            std::thread::sleep(timeout / 5 * 4);
+            let opened = Instant::now();
+            assert!(first.write_value(0, &1u32));
+            drop(taken);
+            let (late, back) = late.join().unwrap();
+            if let Err(CallError::Full { .. }) = late {
+                return None; // its time was over before it had the slot
+            }
+            assert_eq!(timed_out(late, true), timeout);
+            (back < opened + timeout).then_some(())
+        })
+    });
+}
+
+#[test]
+fn the_wait_for_a_long_strings_bytes_shares_its_calls_timeout() {
+    let _watchdog = watchdog();
+    in_time(Duration::from_millis(400), |timeout| {
+        let cell = Cell::new();
+        let (wait, first, never) = (wait_for(&cell), Gate::new(&cell), Gate::new(&cell));
+        let strdup = cell.session.load("libc.so.6").unwrap();
+        let strdup = strdup.function::<fn(In<str>) -> CString>("strdup").unwrap().with_timeout(timeout);
+        // Served in this order. The string's bytes are fetched by a request behind all three.
+        let before = wait.submit(first.pointer(), 0).unwrap();
+        let text = "x".repeat(5000);
+        let late = strdup.unwrap().submit(&text).unwrap();
+        let behind = wait.submit(never.pointer(), 0).unwrap();
+        std::thread::scope(|scope| {
+            let late = scope.spawn(move || (late.wait(), Instant::now()));
+            std::thread::sleep(timeout / 5 * 4);
+            let opened = Instant::now();
+            first.open();
+            let (late, back) = late.join().unwrap();
+            drop((before, behind));
+            match late {
+                Err(CallError::StringLost { source, .. }) => {
+                    assert_eq!(timed_out::<()>(Err(*source), true), timeout);
+                    (back < opened + timeout).then_some(())
+                }
+                // Its time was over before it was called.
+                late => {
+                    assert_eq!(timed_out(late, true), timeout);
+                    None
+                }
+            }
+        })
+    });
 }
 
 // The session is given up.
