@@ -87,7 +87,7 @@ pub enum StartError {
         reason: String,
     },
     /// The worker was disposed, or the [`Supervisor`](crate::Supervisor) or [`Pool`](crate::Pool) that keeps it.
-    #[error("the worker was disposed, or the supervisor or pool that keeps it")]
+    #[error("the worker was disposed of, or the supervisor or pool that keeps it")]
     Disposed,
     /// The operating system refused something that a worker or session needs.
     #[error("{what} failed")]
@@ -654,8 +654,14 @@ pub enum CallError {
         /// The limit.
         max: u64,
     },
-    /// The session was closed, or its worker disposed.
-    #[error("the session is closed")]
+    /// The [`Pool`](crate::Pool) was disposed of. Nothing was sent.
+    #[error("{function} cannot be called any more: its pool was disposed of; build another one")]
+    PoolDisposed {
+        /// The function.
+        function: FunctionName,
+    },
+    /// The session was closed.
+    #[error("the session is closed: open another one")]
     Closed,
     /// This process is a fork of the one that opened the session.
     #[error("this process is a fork of the one that opened the session")]
@@ -692,7 +698,9 @@ impl CallError {
             | CallError::Disposed(_)
             | CallError::Closed
             | CallError::Forked => false,
-            CallError::NotRunning { .. } | CallError::NoWorker { .. } => false,
+            CallError::NotRunning { .. } | CallError::NoWorker { .. } | CallError::PoolDisposed { .. } => {
+                false
+            }
             _ => true,
         }
     }
@@ -727,6 +735,7 @@ impl CallError {
     /// | `ERR_CALL_TIMEOUT` | a deadline passed | [`CallError::TimedOut`] |
     /// | `ERR_SESSION_ABANDONED` | an earlier call still runs past its deadline | [`CallError::Abandoned`] |
     /// | `ERR_SESSION_CLOSED` | the session is closed | [`CallError::Closed`] |
+    /// | `ERR_POOL_DISPOSED` | a pool was disposed of | [`CallError::PoolDisposed`] |
     /// | `ERR_SESSION_FULL` | all slots are in use | [`CallError::Full`] |
     /// | `ERR_PIPELINE_TAKEN` | another pipeline of the session is in use | [`CallError::PipelineTaken`] |
     /// | `ERR_PIPELINE_UNSUPPORTED` | the session has a memory limit | [`CallError::PipelineUnsupported`] |
@@ -774,6 +783,7 @@ impl CallError {
             CallError::UnknownBlock { .. } => "ERR_UNKNOWN_BLOCK",
             CallError::OutOfMemory { .. } => "ERR_OUT_OF_MEMORY",
             CallError::TooManyBlocks { .. } => "ERR_TOO_MANY_BLOCKS",
+            CallError::PoolDisposed { .. } => "ERR_POOL_DISPOSED",
             CallError::Closed => "ERR_SESSION_CLOSED",
             CallError::Forked => "ERR_FORKED",
         }

@@ -279,7 +279,7 @@ impl Pool {
     }
 
     /// Ends all workers: `SIGTERM`, and `SIGKILL` after their [grace period](WorkerBuilder::grace). Returns when they are gone. Calls in flight end with
-    /// [`CallError::Disposed`](crate::CallError::Disposed), later ones with [`CallError::Closed`](crate::CallError::Closed). Disposing again does nothing.
+    /// [`CallError::Disposed`](crate::CallError::Disposed), later ones with [`CallError::PoolDisposed`](crate::CallError::PoolDisposed). Disposing again does nothing.
     pub fn dispose(&self) {
         self.owner.shared.close();
         self.owner.shared.wait_gone();

@@ -820,9 +820,17 @@ fn calls_in_flight_end_when_the_pool_is_disposed_and_later_ones_are_refused() {
             assert!(matches!(error, CallError::Disposed(_)) && error.may_have_run(), "{error:?}");
         });
         assert_eq!(workers_of(me), Vec::<u32>::new());
-        assert!(matches!(add.call(1, 2), Err(CallError::Closed)));
-        assert!(matches!(caller.call(1, 2), Err(CallError::Closed)));
-        assert!(matches!(add.submit(1, 2), Err(CallError::Closed)));
+        let refused = [
+            add.call(1, 2).unwrap_err(),
+            caller.call(1, 2).unwrap_err(),
+            add.submit(1, 2).map(drop).unwrap_err(),
+        ];
+        for error in refused {
+            assert!(matches!(error, CallError::PoolDisposed { .. }), "{error:?}");
+            assert!(!error.may_have_run() && !error.session_usable());
+            let said = error.to_string();
+            assert!(said.contains("add of the pool") && said.contains("disposed of"), "{said}");
+        }
         assert!(matches!(pool.wait_ready(PATIENCE), Err(StartError::Disposed)));
         assert!(pool.function::<OwnPid>("own_pid").is_err());
         pool.dispose();

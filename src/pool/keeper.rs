@@ -402,7 +402,7 @@ impl Shared {
         let mut books = lock(&self.books);
         loop {
             if books.closed {
-                return Err(CallError::Closed);
+                return Err(CallError::PoolDisposed { function: function.clone() });
             }
             // Published under this lock.
             if let Some(seat) = self.roster.load().pick(placement) {
