@@ -71,9 +71,14 @@ pub enum StartError {
         /// What does not fit.
         mismatch: Mismatch,
     },
-    /// The worker was not ready within the start timeout and was killed.
-    #[error("the worker was not ready after {after:?} and was killed")]
+    /// The worker was not ready, or had not opened the session, within the [start timeout](crate::WorkerBuilder::start_timeout), and was killed.
+    #[error(
+        "the worker program {} was not ready, or had not opened its session, within {after:?} and was killed: \
+         see WorkerBuilder::start_timeout", .program.display()
+    )]
     TimedOut {
+        /// The program.
+        program: PathBuf,
         /// The start timeout.
         after: Duration,
     },
@@ -90,7 +95,7 @@ pub enum StartError {
     #[error("the worker was disposed of, or the supervisor or pool that keeps it")]
     Disposed,
     /// The operating system refused something that a worker or session needs.
-    #[error("{what} failed")]
+    #[error("{what} failed: {source}")]
     System {
         /// What was tried.
         what: &'static str,
@@ -117,7 +122,7 @@ pub enum StartError {
         reason: String,
     },
     /// The worker has no room for the session because of one of its limits.
-    #[error("the worker has no {what} left for the session within its limit")]
+    #[error("the worker has no {what} left for the session within its limit: see WorkerBuilder::{}", .what.option())]
     Scarce {
         /// What there is not enough of.
         what: Scarce,
@@ -135,7 +140,9 @@ pub enum StartError {
         waited: Option<Duration>,
     },
     /// Somebody else was starting the worker, and had not finished when this request had waited as long as it may.
-    #[error("the worker is being started by another request, which has not finished after {after:?}")]
+    #[error(
+        "the worker is being started by another request, which has not finished after {after:?}: see SupervisorBuilder::start_patience"
+    )]
     StillStarting {
         /// How long this request waited.
         after: Duration,
@@ -198,7 +205,7 @@ pub enum StartError {
         advice: &'static str,
     },
     /// A [`Pool`](crate::Pool) does not have all its workers and standbys.
-    #[error("{missing} of the pool's workers are not ready after {after:?}")]
+    #[error("the pool still lacks {} after {after:?}", workers(*.missing))]
     Incomplete {
         /// How many are missing.
         missing: usize,
@@ -242,6 +249,14 @@ fn last_of(reports: &[CrashReport]) -> String {
 
 fn workers(count: usize) -> String {
     if count == 1 { "1 worker".to_owned() } else { format!("{count} workers") }
+}
+
+fn why_missing(detail: &str) -> String {
+    if detail.is_empty() {
+        " (nm -D lists those that a module has)".to_owned()
+    } else {
+        format!(": {detail}")
+    }
 }
 
 fn times(count: u32) -> String {
@@ -350,11 +365,11 @@ pub enum LoadError {
         detail: String,
     },
     /// The module has no such symbol.
-    #[error("there is no symbol {function}: {detail}")]
+    #[error("there is no symbol {function}{}", why_missing(.detail))]
     MissingSymbol {
         /// The function asked for.
         function: FunctionName,
-        /// The dynamic linker's words; untrusted text.
+        /// What else is known, if anything; untrusted text.
         detail: String,
     },
     /// The function cannot be called with this signature.
@@ -391,7 +406,9 @@ pub enum LoadError {
         reports: Vec<CrashReport>,
     },
     /// The worker has as many descriptors open as it may have: see [`WorkerBuilder::open_files_max`](crate::WorkerBuilder::open_files_max).
-    #[error("module {module} cannot be opened, since the worker has as many files open as it may: {detail}")]
+    #[error(
+        "module {module} cannot be opened, since the worker has as many files open as it may (WorkerBuilder::open_files_max): {detail}"
+    )]
     OpenFilesExceeded {
         /// The module.
         module: Arc<str>,
@@ -482,7 +499,7 @@ pub enum CallError {
         worker_killed: bool,
     },
     /// An earlier call on this session passed its deadline and still runs. The session can be used again when it returns.
-    #[error("the session is given up: {function} passed its deadline and still runs")]
+    #[error("the session is given up until {function} returns, which passed its deadline and still runs")]
     Abandoned {
         /// The function that still runs.
         function: FunctionName,
@@ -494,7 +511,9 @@ pub enum CallError {
         function: FunctionName,
     },
     /// All slots are taken by calls that have not been waited for.
-    #[error("all {slots} slots of the session are in use by calls that were not waited for")]
+    #[error(
+        "all {slots} slots of the session are in use by calls that were not waited for: take some of their results first"
+    )]
     Full {
         /// How many slots there are.
         slots: u32,
@@ -516,7 +535,9 @@ pub enum CallError {
         after: Duration,
     },
     /// An argument or result is larger than the payload limit. Nothing was allocated or sent.
-    #[error("{function} was given {bytes} bytes where the payload limit is {max}")]
+    #[error(
+        "{function} was given {bytes} bytes where the payload limit is {max}: see SessionBuilder::payload_bytes_max"
+    )]
     TooLarge {
         /// The function.
         function: FunctionName,
@@ -526,7 +547,9 @@ pub enum CallError {
         max: u64,
     },
     /// The session's arena has no room now: too much is in flight, or kept in blocks.
-    #[error("no room for the bytes of {function}")]
+    #[error(
+        "the session has no room now for the bytes of {function}: {source}; wait for calls in flight, or drop blocks"
+    )]
     NoRoom {
         /// The function.
         function: FunctionName,
@@ -565,7 +588,7 @@ pub enum CallError {
         given: String,
     },
     /// The module has no function declared by this name.
-    #[error("no function {0} is declared")]
+    #[error("{0} is not declared: add it to the symbols")]
     Undeclared(FunctionName),
     /// An [`IsolatedProcess`](crate::IsolatedProcess) has no process now: it was not launched yet, was shut down, could not be restarted, or is being
     /// restarted by somebody else at this moment.
@@ -586,13 +609,15 @@ pub enum CallError {
         source: Option<Arc<StartError>>,
     },
     /// The function takes a callback. Declaring it is possible, calling it is not yet.
-    #[error("{function} takes a callback, which is not yet supported")]
+    #[error("{function} takes a callback, and calling such a function is not yet supported")]
     CallbackUnsupported {
         /// The function.
         function: FunctionName,
     },
     /// A pointer or block of another session was passed.
-    #[error("{function} was given a pointer or block that belongs to another session")]
+    #[error(
+        "{function} was given a pointer or block that belongs to another session, where it means nothing"
+    )]
     ForeignPointer {
         /// The function.
         function: FunctionName,
@@ -606,7 +631,7 @@ pub enum CallError {
         index: usize,
     },
     /// The function returned a null pointer where a string was expected.
-    #[error("{function} returned a null pointer, not a string")]
+    #[error("{function} returned a null pointer, not a string: declare a Nullable<CString> if it may")]
     NullString {
         /// The function.
         function: FunctionName,
@@ -620,7 +645,7 @@ pub enum CallError {
         max: u64,
     },
     /// The function returned a string of 1024 bytes or more, which is fetched after the call, and that failed.
-    #[error("{function} returned, but its long string could not be fetched")]
+    #[error("{function} returned, but its long string could not be fetched: {source}")]
     StringLost {
         /// The function.
         function: FunctionName,
@@ -649,7 +674,9 @@ pub enum CallError {
         bytes: u64,
     },
     /// The session has as many blocks as it may have: see [`SessionBuilder::remote_blocks_max`](crate::SessionBuilder::remote_blocks_max).
-    #[error("the session has {max} blocks that were not freed, and may have no more")]
+    #[error(
+        "the session has {max} blocks that were not freed, and may have no more: see SessionBuilder::remote_blocks_max"
+    )]
     TooManyBlocks {
         /// The limit.
         max: u64,
@@ -664,7 +691,7 @@ pub enum CallError {
     #[error("the session is closed: open another one")]
     Closed,
     /// This process is a fork of the one that opened the session.
-    #[error("this process is a fork of the one that opened the session")]
+    #[error("this process is a fork of the one that opened the session, which alone can use it")]
     Forked,
 }
 
@@ -825,6 +852,200 @@ impl Error {
             Error::Start(StartError::Died(report)) => Some(report),
             Error::Call(call) | Error::Load(LoadError::Call { source: call, .. }) => call.crash_report(),
             _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each error by itself, and what it has to say: whom it is about, and what to do where that does not go without saying.
+    fn said() -> Vec<(Error, &'static [&'static str])> {
+        let function = || FunctionName { module: "./libplugin.so".into(), symbol: "add".into() };
+        let module = || Arc::<str>::from("./libplugin.so");
+        let detail = || "why".to_owned();
+        let second = Duration::from_secs(1);
+        let last = || Arc::new(StartError::Refused { reason: "it is full".into() });
+        let system = || Arc::new(io::Error::from_raw_os_error(libc::EPERM));
+        let signature = || crate::signature::parse_c("int add(struct pair)").unwrap_err();
+        const ADD: &str = "add of ./libplugin.so";
+        let starts: Vec<(StartError, &[&str])> = vec![
+            (
+                StartError::Program { program: "worker".into(), source: system() },
+                &["worker program worker", "not permitted"],
+            ),
+            (StartError::ForeignExecutable { executable: "python3".into() }, &["python3", "HOTCELL_WORKER"]),
+            (StartError::NoProgram, &["HOTCELL_WORKER"]),
+            (
+                StartError::TimedOut { program: "worker".into(), after: second },
+                &["worker program worker", "1s", "WorkerBuilder::start_timeout"],
+            ),
+            (StartError::Refused { reason: detail() }, &["refused the session: why"]),
+            (StartError::Disposed, &["disposed of"]),
+            (
+                StartError::system("memfd_create", io::Error::from_raw_os_error(libc::EPERM)),
+                &["memfd_create", "not permitted"],
+            ),
+            (
+                StartError::Configuration { option: "slots", given: "1".into(), expected: "2 to 4096" },
+                &["slots is 1, but must be 2 to 4096"],
+            ),
+            (
+                StartError::LimitUnavailable { option: "processes_max", reason: detail() },
+                &["processes_max cannot be enforced: why"],
+            ),
+            (
+                StartError::Scarce { what: Scarce::OpenFiles },
+                &["open files", "WorkerBuilder::open_files_max"],
+            ),
+            (
+                StartError::Scarce { what: Scarce::Processes },
+                &["processes and threads", "WorkerBuilder::processes_max"],
+            ),
+            (
+                StartError::SessionLimit {
+                    scope: LimitScope::Tenant("a".into()),
+                    open: 1,
+                    max: 1,
+                    waited: Some(second),
+                },
+                &["tenant \"a\"", "1 session is open", "the limit is 1", "within 1s"],
+            ),
+            (StartError::StillStarting { after: second }, &["1s", "SupervisorBuilder::start_patience"]),
+            (
+                StartError::BackingOff { until: Instant::now(), retry_after: second, last: last() },
+                &["before 1s", "it is full"],
+            ),
+            (
+                StartError::CircuitOpen {
+                    until: Instant::now(),
+                    retry_after: second,
+                    restarts_max: 1,
+                    within: second,
+                    last: last(),
+                },
+                &["more than once within 1s", "it is full"],
+            ),
+            (StartError::NotRestarted { last: last() }, &["it is full"]),
+            (
+                StartError::Hook { hook: "on_start", source: Arc::from(Box::from(detail())) },
+                &["on_start", "why"],
+            ),
+            (
+                StartError::Placement {
+                    option: "lock_memory",
+                    given: "true".into(),
+                    place: "the worker",
+                    source: system(),
+                    advice: "raise RLIMIT_MEMLOCK",
+                },
+                &["lock_memory", "the worker", "not permitted", "raise RLIMIT_MEMLOCK"],
+            ),
+            (StartError::Incomplete { missing: 1, after: second }, &["1 worker", "1s"]),
+            (StartError::Forked, &["fork", "exec"]),
+        ];
+        let loads: Vec<(LoadError, &[&str])> = vec![
+            (LoadError::NotFound { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::Unreadable { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::NotElf { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::WrongKind { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::MissingDependency { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::MissingImport { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::Linker { module: module(), detail: detail() }, &["./libplugin.so", "why"]),
+            (LoadError::MissingSymbol { function: function(), detail: String::new() }, &[ADD, "nm -D"]),
+            (LoadError::BadSignature { function: function(), detail: detail() }, &[ADD, "why"]),
+            (LoadError::Signature { module: module(), source: signature() }, &["./libplugin.so", "pair"]),
+            (LoadError::TooManyFunctions { function: function(), detail: detail() }, &[ADD, "why"]),
+            (
+                LoadError::Quarantined { module: module(), reports: Vec::new() },
+                &["./libplugin.so", "Supervisor::release"],
+            ),
+            (
+                LoadError::OpenFilesExceeded { module: module(), detail: detail() },
+                &["./libplugin.so", "WorkerBuilder::open_files_max"],
+            ),
+            (LoadError::Call { module: module(), source: CallError::Closed }, &["./libplugin.so", "closed"]),
+        ];
+        let calls: Vec<(CallError, &[&str])> = vec![
+            (
+                CallError::SessionMemoryExceeded { function: function(), asked: 7, used: 8, bytes_max: 9 },
+                &[ADD, "7", "8", "9", "SessionBuilder::memory_bytes_max"],
+            ),
+            (
+                CallError::TimedOut { function: function(), after: second, worker_killed: true },
+                &[ADD, "1s", "killed"],
+            ),
+            (
+                CallError::TimedOut { function: function(), after: second, worker_killed: false },
+                &[ADD, "1s", "given up"],
+            ),
+            (CallError::Abandoned { function: function() }, &[ADD, "until"]),
+            (CallError::ZeroTimeout { function: function() }, &[ADD, "zero"]),
+            (CallError::Full { slots: 255 }, &["255 slots", "results first"]),
+            (CallError::PipelineUnsupported { function: function() }, &[ADD, "call or submit"]),
+            (CallError::PipelineTaken { function: function(), after: second }, &[ADD, "1s"]),
+            (
+                CallError::TooLarge { function: function(), bytes: 8, max: 7 },
+                &[ADD, "8 bytes", "7", "SessionBuilder::payload_bytes_max"],
+            ),
+            (CallError::NoRoom { function: function(), source: detail().into() }, &[ADD, "why", "blocks"]),
+            (CallError::WrongCount { function: function(), expected: 2, given: 3 }, &[ADD, "2", "3"]),
+            (
+                CallError::WrongArgument {
+                    function: function(),
+                    index: 2,
+                    expected: Type::I32,
+                    given: "null".into(),
+                },
+                &[ADD, "argument 2", "null", "i32"],
+            ),
+            (
+                CallError::WrongResult { expected: "an i32", given: "a string".into() },
+                &["an i32", "a string"],
+            ),
+            (CallError::Undeclared(function()), &[ADD, "symbols"]),
+            (CallError::NotRunning { function: function() }, &[ADD, "restart"]),
+            (
+                CallError::NoWorker { function: function(), waited: second, source: Some(last()) },
+                &[ADD, "1s", "it is full"],
+            ),
+            (CallError::PoolDisposed { function: function() }, &[ADD, "disposed of", "another"]),
+            (CallError::CallbackUnsupported { function: function() }, &[ADD, "callback"]),
+            (CallError::ForeignPointer { function: function() }, &[ADD, "another session"]),
+            (CallError::InteriorNul { function: function(), index: 2 }, &[ADD, "argument 2"]),
+            (CallError::InteriorNul { function: function(), index: 0 }, &[ADD, "a string argument"]),
+            (CallError::NullString { function: function() }, &[ADD, "Nullable<CString>"]),
+            (CallError::StringTooLong { function: function(), max: 7 }, &[ADD, "7 bytes"]),
+            (
+                CallError::StringLost { function: function(), source: Box::new(CallError::Closed) },
+                &[ADD, "closed"],
+            ),
+            (CallError::BadAddress { address: 16, bytes: 7 }, &["0x10", "7 bytes"]),
+            (CallError::UnknownBlock { address: 16 }, &["0x10"]),
+            (CallError::OutOfMemory { bytes: 7 }, &["7 bytes"]),
+            (CallError::TooManyBlocks { max: 7 }, &["7 blocks", "SessionBuilder::remote_blocks_max"]),
+            (CallError::Closed, &["open another"]),
+            (CallError::Forked, &["fork"]),
+        ];
+        let starts = starts.into_iter().map(|(error, words)| (error.into(), words));
+        let loads = loads.into_iter().map(|(error, words)| (error.into(), words));
+        starts.chain(loads).chain(calls.into_iter().map(|(error, words)| (error.into(), words))).collect()
+    }
+
+    #[test]
+    fn errors_say_what_happened_to_whom_and_what_to_do() {
+        for (error, words) in said() {
+            let text = error.to_string();
+            println!("{}: {text}", error.code());
+            for word in words {
+                assert!(text.contains(word), "{error:?} says {text:?} without {word:?}");
+            }
+            assert!(!text.ends_with('.') && !text.contains('\n'), "{text:?}");
+            // A name once, in what is not another error's words.
+            if std::error::Error::source(&error).is_none() {
+                assert!(text.matches("./libplugin.so").count() <= 1, "{text:?}");
+            }
         }
     }
 }

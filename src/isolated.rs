@@ -205,7 +205,7 @@ impl IsolatedProcess {
     /// Starts a process, loads a module and resolves its functions, with the defaults. Symbols are written as for [`IsolatedProcessConfig::new`].
     ///
     /// # Errors
-    /// [`Error::Signature`] if the symbols cannot be read, [`Error::Start`] if there is no process, [`Error::Load`] if the module cannot be loaded: it is missing, has no such
+    /// [`LoadError::Signature`] inside if the symbols cannot be read, [`Error::Start`] if there is no process, another [`Error::Load`] if the module cannot be loaded: it is missing, has no such
     /// symbol, crashes or hangs in its constructors. Nothing is left behind. All of it ends within the start timeout and the call timeout.
     pub fn start(module: impl Into<ModuleSource>, symbols: impl Into<String>) -> Result<Self, Error> {
         IsolatedProcessConfig::new(module, symbols).start()
@@ -214,10 +214,13 @@ impl IsolatedProcess {
     /// Makes an isolated process without starting it: see [`IsolatedProcess::launch`].
     ///
     /// # Errors
-    /// [`Error::Signature`] if the symbols cannot be read.
+    /// [`LoadError::Signature`] inside if the symbols cannot be read.
     pub fn new(config: IsolatedProcessConfig) -> Result<Self, Error> {
         let Binding::Ffi = config.binding;
-        let symbols = signature::parse_symbols(&config.symbols)?;
+        let symbols = signature::parse_symbols(&config.symbols).map_err(|source| {
+            let module = config.module.name.to_string_lossy().into();
+            LoadError::Signature { module, source }
+        })?;
         let emitter = Arc::<Emitter>::default();
         if config.debug {
             let module = config.module.name.clone();

@@ -51,6 +51,16 @@ pub enum Scarce {
     Processes,
 }
 
+impl Scarce {
+    /// The option that sets the limit.
+    pub(crate) fn option(self) -> &'static str {
+        match self {
+            Scarce::OpenFiles => "open_files_max",
+            Scarce::Processes => "processes_max",
+        }
+    }
+}
+
 impl fmt::Display for Scarce {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

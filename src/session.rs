@@ -1678,9 +1678,21 @@ fn c_string(mut bytes: Vec<u8>) -> CString {
     CString::new(bytes).unwrap_or_default()
 }
 
+/// The dynamic linker's words without the names that the error around them has already.
+fn without_names(detail: String, function: &FunctionName) -> String {
+    let missing = format!("undefined symbol: {}", function.symbol);
+    if detail == missing || detail.ends_with(&format!(": {missing}")) {
+        return String::new();
+    }
+    match detail.strip_prefix(&*function.module).and_then(|rest| rest.strip_prefix(": ")) {
+        Some(rest) => rest.to_owned(),
+        None => detail,
+    }
+}
+
 /// What the directory could not do, as an error that names it.
 pub(crate) fn load_failure(kind: FailureKind, detail: &str, function: FunctionName) -> LoadError {
-    let detail = printable(detail.as_bytes());
+    let detail = without_names(printable(detail.as_bytes()), &function);
     let module = Arc::clone(&function.module);
     match kind {
         FailureKind::NotFound => LoadError::NotFound { module, detail },

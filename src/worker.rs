@@ -620,7 +620,7 @@ impl WorkerInner {
                 let after = self.start_timeout;
                 self.end(Cause::NeverReady { after }, None);
                 self.wait_gone();
-                Err(StartError::TimedOut { after })
+                Err(StartError::TimedOut { program: self.program.clone(), after })
             }
         }
     }
@@ -718,7 +718,7 @@ impl WorkerInner {
             None => {
                 let after = self.start_timeout;
                 self.end(Cause::NeverReady { after }, None);
-                StartError::TimedOut { after }
+                StartError::TimedOut { program: self.program.clone(), after }
             }
         };
         self.forget_session(id);

@@ -236,7 +236,8 @@ fn an_unknown_type_is_refused_before_anything_is_started() {
     let _watchdog = watchdog();
     let config = IsolatedProcessConfig::new("libc.so.6", r#"{"f": {"args": ["int128"], "returns": "i32"}}"#);
     let error = create_isolated_process(config).unwrap_err();
-    assert!(matches!(error, Error::Signature(_)), "{error}");
+    assert!(matches!(error, Error::Load(LoadError::Signature { .. })), "{error}");
+    assert!(error.to_string().contains("libc.so.6") && error.to_string().contains("int128"), "{error}");
 }
 
 #[test]

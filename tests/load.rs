@@ -191,7 +191,11 @@ fn symbol_that_is_not_there_names_itself_and_its_module() {
         let LoadError::MissingSymbol { function, .. } = &error else { panic!("{error:?}") };
         assert_eq!((&*function.symbol, &*function.module), (symbol, faulty().to_str().unwrap()));
         if symbol == "no_such_function" {
-            assert!(error.to_string().contains("undefined symbol: no_such_function"), "{error}");
+            let said = error.to_string();
+            assert!(said.starts_with("there is no symbol no_such_function of "), "{said}");
+            for name in ["no_such_function", "libfaulty.so"] {
+                assert_eq!(said.matches(name).count(), 1, "{name} once in {said}");
+            }
         }
     }
     let add = module.function::<fn(i32, i32) -> i32>("add").unwrap();

@@ -129,7 +129,9 @@ fn program_that_never_says_hello_is_killed_at_the_start_timeout() {
     let pid = in_time(Duration::from_secs(1), |after| {
         match Worker::builder().program(&program).start_timeout(after).spawn().map(drop) {
             Err(error @ StartError::TimedOut { .. }) => {
-                assert!(error.to_string().contains(&format!("not ready after {after:?}")), "{error}");
+                let said = error.to_string();
+                assert!(said.contains(&format!("within {after:?}")), "{said}");
+                assert!(said.contains(&program.display().to_string()), "{said}");
             }
             other => panic!("{other:?}"),
         }

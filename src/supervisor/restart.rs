@@ -295,7 +295,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn why() -> Arc<StartError> {
-        Arc::new(StartError::TimedOut { after: SECOND })
+        Arc::new(StartError::TimedOut { program: "worker".into(), after: SECOND })
     }
 
     fn policy() -> RestartPolicy {
