@@ -526,13 +526,16 @@ pub enum CallError {
     },
     /// Another pipeline of the session was in use for as long as this one's function may take.
     #[error(
-        "a pipeline for {function} waited {after:?} for another one of the session, which is still in use"
+        "a pipeline for {function} waited {after:?} for another one of the session, which is still in use{}",
+        if *.by_this_thread { ": this thread has taken it, and has to drop it first; a second session has a pipeline of its own" } else { "" }
     )]
     PipelineTaken {
         /// The function.
         function: FunctionName,
         /// How long it waited.
         after: Duration,
+        /// Whether the other one was taken by the thread that waited for it, which then waits in vain unless it has moved that to another thread.
+        by_this_thread: bool,
     },
     /// An argument or result is larger than the payload limit. Nothing was allocated or sent.
     #[error(
@@ -984,7 +987,14 @@ mod tests {
             (CallError::ZeroTimeout { function: function() }, &[ADD, "zero"]),
             (CallError::Full { slots: 255 }, &["255 slots", "results first"]),
             (CallError::PipelineUnsupported { function: function() }, &[ADD, "call or submit"]),
-            (CallError::PipelineTaken { function: function(), after: second }, &[ADD, "1s"]),
+            (
+                CallError::PipelineTaken { function: function(), after: second, by_this_thread: true },
+                &[ADD, "1s", "this thread has taken it"],
+            ),
+            (
+                CallError::PipelineTaken { function: function(), after: second, by_this_thread: false },
+                &[ADD, "1s", "still in use"],
+            ),
             (
                 CallError::TooLarge { function: function(), bytes: 8, max: 7 },
                 &[ADD, "8 bytes", "7", "SessionBuilder::payload_bytes_max"],

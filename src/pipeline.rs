@@ -15,6 +15,7 @@ use hotcell_channel::stream::{self, Barrier, IN_FLIGHT_MAX, RECORD_WORDS, Record
 use hotcell_channel::wait::{Spin, Waited};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// Most calls that a [`Pipeline`] has sent and not received.
@@ -34,8 +35,8 @@ pub(crate) struct StreamBooks {
 
 #[derive(Debug, Default)]
 struct Owner {
-    /// A pipeline has the stream.
-    taken: bool,
+    /// A pipeline has the stream, and was taken by this thread.
+    taken: Option<ThreadId>,
     /// The stream has its pages.
     committed: bool,
     /// Where the last pipeline's end is in the stream, if nobody has seen yet that the worker has come to it.
@@ -230,18 +231,24 @@ impl<F: Pipelined> Function<F> {
 /// Takes the stream for a pipeline.
 fn take(session: &SessionInner, timeout: Duration, name: &FunctionName) -> Result<(), CallError> {
     let start = Instant::now();
+    let here = std::thread::current().id();
     let mut owner = lock(&session.stream.owner);
+    // No error at once: the other one may have been moved to a thread that is about to drop it.
+    if owner.taken == Some(here) {
+        tracing::warn!(function = %name, "this thread has taken a pipeline of the session already, and waits in vain unless another one drops that");
+    }
     loop {
         if !session.is_open() {
             session.refuse(&|| name.clone())?;
         }
-        if !owner.taken {
-            owner.taken = true;
+        let Some(holder) = owner.taken else {
+            owner.taken = Some(here);
             return Ok(());
-        }
+        };
         let left = timeout.saturating_sub(start.elapsed());
         if left.is_zero() {
-            return Err(CallError::PipelineTaken { function: name.clone(), after: timeout });
+            let by_this_thread = holder == here;
+            return Err(CallError::PipelineTaken { function: name.clone(), after: timeout, by_this_thread });
         }
         // A session that dies tells nobody here.
         let slice = left.min(hotcell_channel::wait::SLICE);
@@ -459,7 +466,7 @@ impl<F: Pipelined> Drop for Pipeline<F> {
             owner.end = Some(self.sent);
             send(session, session.region.stream(), self.sent, STREAM_END, self.barrier);
         }
-        owner.taken = false;
+        owner.taken = None;
         session.stream.given_back.notify_one();
     }
 }

@@ -480,11 +480,16 @@ fn a_second_pipeline_waits_for_the_first() {
     let mix: Function<Two> = module.function("mix").unwrap();
     let first = mix.pipeline().unwrap();
     match mix.with_timeout(Duration::from_millis(1)).unwrap().pipeline() {
-        Err(error @ CallError::PipelineTaken { .. }) => {
+        Err(error @ CallError::PipelineTaken { by_this_thread: true, .. }) => {
             assert!(!error.may_have_run() && error.session_usable())
         }
         other => panic!("{other:?}"),
     }
+    std::thread::scope(|scope| {
+        let other = scope.spawn(|| mix.with_timeout(Duration::from_millis(1)).unwrap().pipeline().map(drop));
+        let error = other.join().unwrap().unwrap_err();
+        assert!(matches!(error, CallError::PipelineTaken { by_this_thread: false, .. }), "{error:?}");
+    });
     std::thread::scope(|scope| {
         let second = scope.spawn(|| storm(&mix, 1000, 3, false));
         std::thread::sleep(Duration::from_millis(20));
