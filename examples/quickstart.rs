@@ -19,6 +19,10 @@ int value_at(const int *address) { return *address; }
 ";
 
 fn main() -> ExitCode {
+    if let Some(argument) = std::env::args_os().nth(1) {
+        eprintln!("quickstart takes no arguments, and was given {}", argument.display());
+        return ExitCode::from(2);
+    }
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
