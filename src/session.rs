@@ -658,8 +658,21 @@ struct AbandonedCall {
 /// What tells one resolved function from another: module, symbol, signature, and whether its replies carry `errno`.
 pub(crate) type ResolveKey = (u32, Arc<str>, Signature, bool);
 
-/// The label of whatever the session does on its own account.
-const OWN_LABEL: u32 = 0;
+/// What the session does on its own account, by the numbers of the functions, which are their labels too. Those of modules come behind.
+const OWN_WORK: [&str; fixed::FIXED_MAX as usize + 1] = [
+    "ping",
+    "(directory)",
+    "read",
+    "write",
+    "alloc",
+    "free",
+    "read_string",
+    "close",
+    "memory",
+    "pipeline",
+    "(end of a pipeline)",
+];
+const _: () = assert!(fixed::NOP == 0 && fixed::CLOSE == 7 && fixed::STREAM_END == 10);
 
 /// In place of the fork marker: no call is a plain one.
 static MEASURED: AtomicU32 = AtomicU32::new(0);
@@ -715,7 +728,6 @@ impl SessionInner {
     ) -> Self {
         let ring_books: Box<[RingBooks]> = (0..options.slots).map(|_| RingBooks::default()).collect();
         ring_books[0].busy.store(true, Relaxed);
-        let own = FunctionName { module: "the session".into(), symbol: "(own work)".into() };
         Self {
             me,
             status: AtomicU32::new(OPEN),
@@ -738,7 +750,7 @@ impl SessionInner {
             strangers: Mutex::default(),
             rate: Mutex::default(),
             abandoned: Mutex::default(),
-            labels: Mutex::new(vec![own]),
+            labels: Mutex::default(),
             blocks: AtomicU64::new(0),
             resolved: Mutex::default(),
             id,
@@ -779,12 +791,17 @@ impl SessionInner {
             labels.push(function);
             labels.len() - 1
         });
-        u32::try_from(at).unwrap_or(OWN_LABEL)
+        u32::try_from(OWN_WORK.len() + at).unwrap_or(fixed::NOP)
     }
 
     pub(crate) fn label_name(&self, label: u32) -> FunctionName {
-        let labels = lock(&self.labels);
-        labels.get(label as usize).unwrap_or(&labels[0]).clone()
+        let label = label as usize;
+        match OWN_WORK.get(label) {
+            Some(own) => self.own_name(own),
+            None => lock(&self.labels)
+                .get(label - OWN_WORK.len())
+                .map_or_else(|| self.own_name("(unknown)"), Clone::clone),
+        }
     }
 
     pub(crate) fn pointer(&self, address: u64) -> RemotePtr {
@@ -1640,7 +1657,7 @@ impl SessionInner {
         // Through the ring: the direct slot may be taken, and is not waited for.
         let mut budget = Budget::new(timeout);
         let Ok(mut frame) = self.claim_ring(&mut budget, || self.own_name("close")) else { return false };
-        frame.publish(fixed::CLOSE, OWN_LABEL);
+        frame.publish(fixed::CLOSE, fixed::CLOSE);
         let closed = frame.wait_at_most(&mut budget) == Waited::Replied;
         frame.stage = if closed { Stage::Replied } else { Stage::Lost };
         drop(frame);
@@ -1664,7 +1681,7 @@ impl SessionInner {
     fn close_later(&self) {
         // Without a free slot (each is held by a dropped ticket behind the abandoned call) the thread stays until the worker ends.
         if let Some(mut frame) = self.try_claim_ring() {
-            frame.publish(fixed::CLOSE, OWN_LABEL);
+            frame.publish(fixed::CLOSE, fixed::CLOSE);
             frame.stage = Stage::Lost;
         }
     }
@@ -2028,7 +2045,7 @@ impl<'s> Frame<'s> {
             self.set(i, *word);
         }
         self.closes = function == fixed::CLOSE;
-        self.publish(function, OWN_LABEL);
+        self.publish(function, function);
         let session = self.session;
         self.wait(budget, || session.own_name(what))?;
         Ok([self.reply(0), self.reply(1)])
@@ -2134,7 +2151,7 @@ impl Frame<'_> {
             }
             (Stage::Claimed, Lane::Ring { slot, .. }) => {
                 // The worker's path leads through this slot: something has to be there.
-                self.publish(fixed::NOP, OWN_LABEL);
+                self.publish(fixed::NOP, fixed::NOP);
                 lock(&self.session.ring).orphans.push((slot, self.block.take()));
             }
             (Stage::Published, Lane::Ring { slot, .. }) => {

@@ -23,6 +23,10 @@ pub(crate) fn greedy() -> PathBuf {
     faults::build("greedy", "greedy.c", &[])
 }
 
+fn greedy_at_unload(function: &str) -> PathBuf {
+    faults::build(&format!("greedy-last-{function}"), "greedy.c", &[&format!("-DDESTRUCTOR={function}")])
+}
+
 fn greedy_at_load(function: &str) -> PathBuf {
     faults::build(&format!("greedy-{function}"), "greedy.c", &[&format!("-DCONSTRUCTOR={function}")])
 }
@@ -171,6 +175,53 @@ pub(crate) fn runaway_constructor_ends_its_load(builder: WorkerBuilder) {
             burnt::<()>(Err(source), Limited::Call, CPU);
         }
         other => panic!("{other:?}"),
+    }
+}
+
+pub(crate) fn runaway_destructor_ends_its_close(builder: WorkerBuilder) {
+    let _watchdog = watchdog();
+    for (function, limited) in [
+        ("burn", builder.clone().cpu_time_per_call(CPU)),
+        ("burn_deaf", builder.clone().cpu_time_per_call(CPU)),
+        ("burn", builder.clone().cpu_time_max(10 * CPU)),
+    ] {
+        let worker = limited.spawn().unwrap();
+        let session = worker.session().unwrap();
+        let module = session.load(greedy_at_unload(function)).unwrap();
+        assert_eq!(module.function::<fn(i32, i32) -> i32>("add").unwrap().call(2, 3).unwrap(), 5);
+        let error = session.close().unwrap_err();
+        assert_eq!(error.code(), "ERR_CPU_TIME_EXCEEDED", "{function}: {error}");
+        assert!(error.may_have_run() && !error.session_usable(), "{error}");
+        let report = error.crash_report().unwrap();
+        assert_eq!(report.function().map(|function| &*function.symbol), Some("close"), "{report}");
+        // Which session used up its worker's time nobody can tell.
+        if let Cause::CpuTimeExceeded { scope: Limited::Call, .. } = report.cause() {
+            assert_eq!(report.culprit().map(|function| &*function.symbol), Some("close"), "{report}");
+        }
+        is_gone(worker.pid());
+    }
+}
+
+/// Nobody waits for the end of a session that is dropped for longer than the grace period; the limit does not go with the handle.
+pub(crate) fn runaway_destructor_of_a_dropped_session_ends_its_worker(builder: WorkerBuilder) {
+    let _watchdog = watchdog();
+    let worker = builder.cpu_time_per_call(CPU).grace(Duration::from_millis(1)).spawn().unwrap();
+    drop(worker.session().unwrap().load(greedy_at_unload("burn")).unwrap());
+    eventually("the worker has ended", || !worker.is_alive());
+    let report = worker.crash_report().unwrap();
+    assert_eq!(*report.cause(), cpu_time(Limited::Call, CPU), "{report}");
+    is_gone(worker.pid());
+}
+
+pub(crate) fn hoarding_destructor_ends_its_close(builder: WorkerBuilder) {
+    let _watchdog = watchdog();
+    for function in ["hoard", "hoard_abort"] {
+        let worker = builder.clone().memory_bytes_max(MEMORY).spawn().unwrap();
+        let session = worker.session().unwrap();
+        session.load(greedy_at_unload(function)).unwrap();
+        let report = starved(session.close());
+        assert_eq!(report.function().map(|function| &*function.symbol), Some("close"), "{report}");
+        is_gone(worker.pid());
     }
 }
 
@@ -519,6 +570,8 @@ macro_rules! each_limit {
             submitted_runaway_ends_too
             runaway_of_a_pipeline_ends_too
             runaway_constructor_ends_its_load
+            runaway_destructor_ends_its_close
+            runaway_destructor_of_a_dropped_session_ends_its_worker
             calls_that_stay_below_their_cpu_time_are_left_alone
             session_that_uses_up_its_cpu_time_ends
             worker_that_uses_up_its_cpu_time_between_calls_ends
@@ -528,6 +581,7 @@ macro_rules! each_limit {
             module_that_aborts_without_memory_ends_as_memory_exceeded
             one_large_piece_ends_as_memory_exceeded
             hoarding_constructor_ends_its_load
+            hoarding_destructor_ends_its_close
             hoarding_thread_ends_the_worker_between_calls
             memory_below_the_limit_is_there_and_more_is_refused_without_harm
             other_faults_stay_what_they_are_under_limits

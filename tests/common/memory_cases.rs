@@ -3,8 +3,8 @@
 use super::faults::{self, build, watchdog};
 use super::worker;
 use hotcell::{
-    CallError, Cause, CrashReport, Function, In, Involvement, Limited, LoadError, Module, Out, RemotePtr,
-    Session, SessionBuilder, SessionMemory, StartError, Worker,
+    CallError, Cause, CrashReport, Function, In, Involvement, Limited, LoadError, Module, Nullable, Out,
+    RemotePtr, Session, SessionBuilder, SessionMemory, StartError, Worker,
 };
 use std::ffi::CString;
 use std::time::{Duration, Instant};
@@ -407,6 +407,39 @@ fn constructors_are_held_to_the_limit() {
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn destructors_are_held_to_the_limit() {
+    let _watchdog = watchdog();
+    let greedy = build("memory-last", "memory.c", &["-DDESTRUCTOR_BYTES=67108864"]);
+    let fatal =
+        build("memory-last-fatal", "memory.c", &["-DDESTRUCTOR_BYTES=67108864", "-DDESTRUCTOR_WRITES"]);
+    let worker = worker().spawn().unwrap();
+    let other = worker.session().unwrap();
+    let getenv = other.load("libc.so.6").unwrap();
+    let getenv = getenv.function::<fn(In<str>) -> Nullable<CString>>("getenv").unwrap();
+    let last_block = || getenv.call("LAST_BLOCK").unwrap();
+    // It lives through the refusal, and the session is closed: no reply is left that could tell of it.
+    let session = limited(&worker, 4 * MIB);
+    session.load(&greedy).unwrap();
+    assert_eq!(last_block(), None);
+    session.close().unwrap();
+    assert_eq!(last_block().as_deref(), Some(c"refused"));
+    // Where nothing limits it, it gets what it asks for.
+    let free = worker.session().unwrap();
+    free.load(&greedy).unwrap();
+    free.close().unwrap();
+    assert_eq!(last_block().as_deref(), Some(c"given"));
+    // What was refused then is no cause of a later death.
+    let report = faults::crashed(load(&other).function::<fn() -> i32>("null_write").unwrap().call());
+    assert_eq!(*report.cause(), Cause::Signaled { signal: libc::SIGSEGV, core_dumped: false });
+
+    let worker = self::worker().spawn().unwrap();
+    let session = limited(&worker, 4 * MIB);
+    session.load(&fatal).unwrap();
+    let report = died(session.close(), 4 * MIB, Some(libc::SIGSEGV));
+    assert_eq!(report.function().map(|function| &*function.symbol), Some("close"), "{report}");
 }
 
 #[test]
