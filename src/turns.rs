@@ -122,17 +122,13 @@ impl<S: Clone> Book<S> {
         }
     }
 
-    /// Puts `thread` at the end of the queue, unless it is in already. True if it need not wait.
-    fn enter(&mut self, thread: Thread, session: &S, unparker: &Unparker, now: Instant) -> bool {
-        if self.holds(thread) {
-            return true;
-        }
-        if !self.queue.iter().any(|waiting| waiting.thread == thread) {
+    /// Puts `thread` at the end of the queue, unless it is in already.
+    fn enter(&mut self, thread: Thread, session: &S, unparker: &Unparker, now: Instant) {
+        if !self.is_in(thread) {
             let waiting = Waiting { thread, session: session.clone(), unparker: unparker.clone() };
             self.queue.push_back(waiting);
         }
         self.fill(now);
-        self.holds(thread)
     }
 
     /// Gives free places to whoever has waited longest, and wakes the first of those who still wait: it watches the clock.
@@ -302,8 +298,10 @@ mod tests {
     }
 
     impl Rig {
+        /// Whether it need not wait.
         fn enter(&mut self, thread: Thread) -> bool {
-            self.book.enter(thread, &"session", self.parker.unparker(), self.now)
+            self.book.enter(thread, &"session", self.parker.unparker(), self.now);
+            self.book.holds(thread)
         }
 
         fn step(&mut self, thread: Thread) -> Step<&'static str> {

@@ -5,6 +5,8 @@
 //!
 //! `HOTCELL_STORM_KILLS` sets the number of kills, `HOTCELL_STORM_SEED` repeats a storm.
 
+#[path = "common/ledger.rs"]
+mod ledger;
 #[path = "common/process.rs"]
 mod process;
 
@@ -12,6 +14,7 @@ use hotcell::{
     CallError, CrashReport, Error, Function, In, InOut, Involvement, Module, PIPELINE_DEPTH, Session,
     SessionBuilder, Worker,
 };
+use ledger::{Booked, FIXTURE, Told, mixed};
 use nix::sys::signal::{Signal, kill};
 use process::{Process, Random, isolated, library, raw_pid, until};
 use std::collections::VecDeque;
@@ -21,52 +24,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-const FIXTURE: &str = r#"
-#include <fcntl.h>
-#include <stdint.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-static uint8_t *ledger;
-static uint64_t entries;
-
-int open_ledger(const char *path, uint64_t count) {
-  int fd = open(path, O_RDWR);
-  if (fd < 0) return -1;
-  ledger = mmap(0, count, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  entries = count;
-  close(fd);
-  return ledger == MAP_FAILED ? -2 : 0;
-}
-
-static void enter(uint64_t call) { if (call < entries) ledger[call]++; }
-
-uint64_t mix(uint64_t call, uint64_t x) {
-  enter(call);
-  x ^= call * 0x9e3779b97f4a7c15u;
-  return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u;
-}
-
-/* Adds to each byte; gives the sum of what was there. */
-uint64_t raise_by(uint64_t call, uint8_t *bytes, uint64_t count, uint8_t by) {
-  enter(call);
-  uint64_t sum = 0;
-  for (uint64_t i = 0; i < count; i++) { sum += bytes[i]; bytes[i] += by; }
-  return sum;
-}
-"#;
-
 /// Entries of the ledger: more calls than a worker serves in its short life.
 const LEDGER: usize = 1 << 20;
 /// Entries that one calling thread may use.
 const SHARE: u64 = 1 << 16;
 /// Tickets that one submitting thread keeps in flight.
 const IN_FLIGHT: usize = 120;
-
-fn mixed(call: u64, x: u64) -> u64 {
-    let x = x ^ call.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
-}
 
 /// What became of the calls of all threads.
 #[derive(Debug, Default)]
@@ -78,14 +41,6 @@ struct Tally {
     forgotten: AtomicU64,
     killed_while_opening: AtomicU64,
     in_flight_max: AtomicU64,
-}
-
-/// What the host was told of one call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
-    Ran,
-    MayHaveRun,
-    DidNotRun,
 }
 
 type Mix = fn(u64, u64) -> u64;
@@ -342,25 +297,6 @@ impl Ledger {
         let file = std::fs::File::create(&self.path).unwrap();
         file.set_len(LEDGER as u64).unwrap();
     }
-
-    fn check(&self, callers: &[(u64, Vec<Told>)]) {
-        let entries = std::fs::read(&self.path).unwrap();
-        let mut booked = 0;
-        for (first, told) in callers {
-            for (call, told) in (*first..).zip(told) {
-                let times = entries[usize::try_from(call).unwrap()];
-                booked += usize::from(times);
-                let fits = match told {
-                    Told::Ran => times == 1,
-                    Told::MayHaveRun => times <= 1,
-                    Told::DidNotRun => times == 0,
-                };
-                assert!(fits, "call {call} ran {times} times, and the host was told that it {told:?}");
-            }
-        }
-        let ran: usize = entries.iter().map(|times| usize::from(*times)).sum();
-        assert_eq!(ran, booked, "something ran that nobody called");
-    }
 }
 
 /// One worker from its start to its violent end.
@@ -418,7 +354,7 @@ fn one_worker(random: &mut Random, ledger: &Ledger, tally: &Arc<Tally>) {
                 let functions = &functions[session];
                 scope.spawn(move || {
                     work(&mut caller, functions);
-                    (caller.first, caller.told)
+                    Booked { first: caller.first, times_max: 1, told: caller.told }
                 })
             });
             if streaming {
@@ -428,7 +364,7 @@ fn one_worker(random: &mut Random, ledger: &Ledger, tally: &Arc<Tally>) {
             threads.map(|thread| thread.join().unwrap())
         });
         until("the report", || worker.crash_report());
-        ledger.check(&told);
+        ledger::check(&ledger.path, &told);
         // After the end there is only the end.
         assert!(matches!(functions[0].mix.call(0, 0), Err(CallError::Crashed(_))));
     }

@@ -6,6 +6,8 @@
 //!
 //! `HOTCELL_STORM_KILLS` sets the number of kills, `HOTCELL_STORM_SEED` repeats the choice of victims and pauses.
 
+#[path = "common/ledger.rs"]
+mod ledger;
 #[path = "common/process.rs"]
 mod process;
 
@@ -14,37 +16,13 @@ use hotcell::{
     BoxError, CallError, In, Module, Pool, PoolEvent, PoolFunction, Restart, RestartPolicy, Retry, Role,
     Session, Worker,
 };
+use ledger::{Booked, FIXTURE, Told, mixed};
 use process::{Process, Random, isolated, library, until};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ffi::{CStr, CString};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
-
-const FIXTURE: &str = r#"
-#include <fcntl.h>
-#include <stdint.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-static uint8_t *ledger;
-static uint64_t entries;
-
-int open_ledger(const char *path, uint64_t count) {
-  int fd = open(path, O_RDWR);
-  if (fd < 0) return -1;
-  ledger = mmap(0, count, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  entries = count;
-  close(fd);
-  return ledger == MAP_FAILED ? -2 : 0;
-}
-
-uint64_t mix(uint64_t call, uint64_t x) {
-  if (call < entries) ledger[call]++;
-  x ^= call * 0x9e3779b97f4a7c15u;
-  return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u;
-}
-"#;
 
 type Mix = fn(u64, u64) -> u64;
 
@@ -56,19 +34,6 @@ const SHARE: u64 = 1 << 21;
 const RETRIES: u32 = 2;
 /// Longer than anything that is waited for should ever take.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-fn mixed(call: u64, x: u64) -> u64 {
-    let x = x ^ call.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (x ^ (x >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9)
-}
-
-/// What the host was told of one call, and whether it might be made again after it may have run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Told {
-    Ran,
-    MayHaveRun,
-    DidNotRun,
-}
 
 #[derive(Debug, Default)]
 struct Tally {
@@ -162,27 +127,6 @@ impl Caller<'_> {
             }
         }
     }
-}
-
-/// Compares what the host was told with what ran.
-fn check_ledger(path: &Path, callers: &[(u64, bool, Vec<Told>)]) {
-    let entries = std::fs::read(path).unwrap();
-    let mut booked = 0;
-    for (first, idempotent, told) in callers {
-        let most = if *idempotent { 1 + RETRIES } else { 1 };
-        for (call, told) in (*first..).zip(told) {
-            let times = u32::from(entries[usize::try_from(call).unwrap()]);
-            booked += u64::from(times);
-            let fits = match told {
-                Told::Ran => (1..=most).contains(&times),
-                Told::MayHaveRun => times <= most,
-                Told::DidNotRun => times == 0,
-            };
-            assert!(fits, "call {call} ran {times} times, and the host was told that it {told:?}");
-        }
-    }
-    let ran: u64 = entries.iter().map(|times| u64::from(*times)).sum();
-    assert_eq!(ran, booked, "something ran that nobody called");
 }
 
 /// The pool's own account of who did what, checked event by event.
@@ -296,7 +240,8 @@ fn storm(pool: &Pool, ledger: &Path, kills: usize, seed: u64) -> Account {
                 let mix = &mix;
                 scope.spawn(move || {
                     caller.run(thread % 4, mix);
-                    (caller.first, caller.idempotent, caller.told)
+                    let times_max = if caller.idempotent { 1 + RETRIES } else { 1 };
+                    Booked { first: caller.first, times_max, told: caller.told }
                 })
             })
             .collect();
@@ -308,7 +253,7 @@ fn storm(pool: &Pool, ledger: &Path, kills: usize, seed: u64) -> Account {
         let callers: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
         (done.unwrap_or_else(|panic| std::panic::resume_unwind(panic)), callers)
     });
-    check_ledger(ledger, &callers);
+    ledger::check(ledger, &callers);
     // Each kill is one loss, told once, and every loss is replaced.
     while account.lost.len() < kills {
         account.take(&events.recv_timeout(PATIENCE).expect("every loss is told"));
@@ -322,7 +267,7 @@ fn storm(pool: &Pool, ledger: &Path, kills: usize, seed: u64) -> Account {
     let alive: HashMap<u64, Role> = after.workers.iter().map(|worker| (worker.worker, worker.role)).collect();
     assert_eq!(alive, account.alive);
     assert_eq!((after.capacity.serving, after.capacity.standby), (WORKERS, STANDBYS));
-    let made: u64 = callers.iter().map(|(_, _, told)| told.len() as u64).sum();
+    let made: u64 = callers.iter().map(|caller| caller.told.len() as u64).sum();
     let (right, crashed) = (tally.right.load(Relaxed), tally.crashed.load(Relaxed));
     assert_eq!(made, right + crashed, "every call has one outcome");
     assert_eq!(after.errors.crashed - before.errors.crashed, crashed);
