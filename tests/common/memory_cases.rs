@@ -409,6 +409,39 @@ fn constructors_are_held_to_the_limit() {
     }
 }
 
+/// The reply of any request that ran while a thread of a module was refused memory was the refusal: a block was freed, and `free` said that it was not.
+#[test]
+fn requests_that_allocate_nothing_are_answered_whatever_a_thread_is_refused() {
+    let _watchdog = watchdog();
+    let worker = worker().spawn().unwrap();
+    let session = limited(&worker, 4 * MIB);
+    let module = load(&session);
+    let blocks: Vec<RemotePtr> = (0..500).map(|_| session.alloc(64).unwrap()).collect();
+    let before = memory(&session).refusals;
+    // The replies of these two may be refusals: they are calls. So may be those of resolving them.
+    let (begin, end) =
+        (bytes_fn(&module, "begin_asking"), module.function::<fn() -> i32>("end_asking").unwrap());
+    let call = |result: Result<i32, CallError>| match result {
+        Ok(status) => assert_eq!(status, 0),
+        Err(CallError::SessionMemoryExceeded { .. }) => {}
+        Err(other) => panic!("{other:?}"),
+    };
+    call(begin.call(64 * MIB));
+    until("refusals", || memory(&session).refusals > before);
+    let mut bytes = [0; 64];
+    for block in blocks {
+        session.ping().unwrap();
+        session.write(block, b"some bytes, and a NUL behind them\0").unwrap();
+        session.read(block, &mut bytes).unwrap();
+        assert_eq!(&bytes[..10], b"some bytes");
+        assert_eq!(session.read_string(block, 64).unwrap().count_bytes(), 33);
+        session.free(block).unwrap();
+        assert!(matches!(session.free(block), Err(CallError::UnknownBlock { .. })));
+    }
+    call(end.call());
+    session.close().unwrap();
+}
+
 #[test]
 fn destructors_are_held_to_the_limit() {
     let _watchdog = watchdog();

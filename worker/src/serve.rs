@@ -144,6 +144,10 @@ impl Session<'_> {
     /// Whether there are more refusals than `before`; then the reply's words say what the last one was. The call has returned, so it has lived through them.
     fn was_refused(&mut self, before: u64, function: u32, slot: &Slot) -> bool {
         meter::lived_through();
+        // Requests that allocate nothing for the session have answers of their own: what another thread was refused meanwhile stays counted.
+        if function < FUNCTIONS_BASE && !matches!(function, session::ALLOCATE | session::DIRECTORY) {
+            return false;
+        }
         let Some(meter) = self.meter.as_ref().filter(|meter| meter.refusals() != before) else {
             return false;
         };
