@@ -887,7 +887,7 @@ impl SessionInner {
         }
         let slot = self.region.direct();
         words(slot);
-        self.publish_direct(slot, target.index, target.label, sequence);
+        self.publish_direct(slot, target.index, 0, target.label, sequence);
         if !wait::look_for_reply(slot, &self.spin)
             && let Some(error) = self.wait_straight(target, sequence)
         {
@@ -916,8 +916,8 @@ impl SessionInner {
     /// Publishes a straight call and waits for its reply. After `None` the reply can be read, and the slot is to be released; after an error it is not the caller's any more.
     #[inline(always)]
     pub(crate) fn run_straight(&self, target: &Target, frame: &Frame<'_>) -> Option<Box<CallError>> {
-        self.publish_direct(frame.slot, target.index, target.label, frame.sequence);
-        if wait::look_for_reply(frame.slot, &self.spin) {
+        self.publish_direct(frame.slot, target.index, frame.lines(), target.label, frame.sequence);
+        if wait::look_for_payload_reply(frame.slot, &self.spin) {
             return None;
         }
         self.wait_straight(target, frame.sequence)
@@ -945,10 +945,10 @@ impl SessionInner {
         None
     }
 
-    /// Hands the direct slot's request over, and keeps the books.
+    /// Hands the direct slot's request over, with so many lines of payload in its scratch, and keeps the books.
     #[inline(always)]
-    fn publish_direct(&self, slot: &Slot, function: u32, label: u32, sequence: u64) {
-        slot.set_function(function, 0);
+    fn publish_direct(&self, slot: &Slot, function: u32, lines: u32, label: u32, sequence: u64) {
+        slot.set_function(function, lines);
         // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
         // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
         wait::publish_then(slot, self.region.bell(), || {
@@ -1901,6 +1901,20 @@ impl<'s> Frame<'s> {
         assert!(self.session.region.read(offset, into), "room lies in the arena");
     }
 
+    /// How many lines of the direct slot's scratch are in use.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)] // fits: see the assertion
+    fn lines(&self) -> u32 {
+        const {
+            assert!(
+                SCRATCH_BYTES / PAYLOAD_ALIGN < SLOTS_MAX as u64,
+                "the function word has room for the number"
+            )
+        };
+        // Of a block the cursor lies behind the scratch.
+        if self.cursor <= SCRATCH_BYTES { (self.cursor / PAYLOAD_ALIGN) as u32 } else { 0 }
+    }
+
     /// Stores one request word.
     #[inline(always)]
     pub(crate) fn set(&self, index: usize, word: u64) {
@@ -1927,7 +1941,7 @@ impl<'s> Frame<'s> {
         self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                session.publish_direct(self.slot, function, label, self.sequence);
+                session.publish_direct(self.slot, function, self.lines(), label, self.sequence);
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);
@@ -2173,6 +2187,7 @@ impl Frame<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::InOut;
 
     fn calls(session: &Session, count: u32) -> u64 {
         let direct = &session.inner().direct;
@@ -2181,6 +2196,22 @@ mod tests {
             session.ping().unwrap();
         }
         direct.published.load(Relaxed) - before
+    }
+
+    #[test]
+    fn the_direct_slot_says_how_many_lines_of_payload_there_are() {
+        let session = Worker::spawn().unwrap().session().unwrap();
+        let libc = session.load("libc.so.6").unwrap();
+        let memfrob = libc.function::<fn(InOut<[u8]>, usize) -> crate::RemotePtr>("memfrob").unwrap();
+        let lines = || session.inner().region.direct().function().1;
+        for (bytes, expected) in [(0, 0), (1, 1), (64, 1), (65, 2), (1024, 16), (64 << 10, 1024)] {
+            let mut payload = vec![1; bytes];
+            memfrob.call(&mut payload, bytes).unwrap();
+            assert!(payload.iter().all(|byte| *byte == 1 ^ 42));
+            assert_eq!(lines(), expected, "{bytes} bytes");
+        }
+        session.ping().unwrap();
+        assert_eq!(lines(), 0, "a call without a payload");
     }
 
     #[test]

@@ -7,11 +7,17 @@
 /// Asks for the line of `place`, which is about to be read.
 #[inline(always)]
 pub(crate) fn read_soon<T>(place: &T) {
+    line_soon(std::ptr::from_ref(place).cast());
+}
+
+/// Asks for the line at `place`, which may be any address.
+#[inline(always)]
+pub(crate) fn line_soon(place: *const u8) {
     #[cfg(all(target_arch = "x86_64", not(loom), not(miri)))]
     // SAFETY: every x86-64 processor has the instruction, and it takes any address.
     unsafe {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(place).cast());
+        _mm_prefetch::<_MM_HINT_T0>(place.cast());
     }
     #[cfg(not(all(target_arch = "x86_64", not(loom), not(miri))))]
     let _ = place;

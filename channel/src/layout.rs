@@ -18,7 +18,7 @@ use crate::stream::{RECORDS, Record, Sleepers, Stream};
 /// First eight bytes of every hello and of every session header.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"hotcell\0");
 /// Raised whenever the meaning of any shared byte changes.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Granularity of the region and of its parts.
 pub const PAGE_BYTES: u64 = 4096;
 /// Alignment of an arena that may lie in huge pages, and their size: that of x86-64, and of aarch64 with pages of 4 KiB.

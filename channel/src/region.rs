@@ -11,9 +11,10 @@
 //! - Every offset is checked against the mapping's length, in release builds too.
 
 use crate::copy;
+use crate::hint;
 use crate::layout::{
-    DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, HUGE_PAGE_BYTES, LAYOUT_HASH, MAGIC, PROGRESS_OFFSET,
-    PROTOCOL_VERSION, SCRATCH_BYTES, SLEEPERS_OFFSET,
+    DIRECT_OFFSET, DOORBELL_OFFSET, Geometry, HUGE_PAGE_BYTES, LAYOUT_HASH, MAGIC, PAYLOAD_ALIGN,
+    PROGRESS_OFFSET, PROTOCOL_VERSION, SCRATCH_BYTES, SLEEPERS_OFFSET,
 };
 use crate::slot::{Doorbell, Progress, Slot};
 use crate::stream::{Sleepers, Stream};
@@ -507,6 +508,15 @@ impl Region {
             return None;
         }
         self.mapping.at(self.arena_offset + offset, bytes)
+    }
+
+    /// Asks for line `line` of the direct slot's scratch, which is about to be read; the last one if it has fewer.
+    #[inline(always)]
+    pub fn scratch_soon(&self, line: u32) {
+        let offset = (u64::from(line) * PAYLOAD_ALIGN).min(SCRATCH_BYTES - 1);
+        if let Some(at) = self.arena(offset, 1) {
+            hint::line_soon(at);
+        }
     }
 
     /// Copies `from` into the arena at `offset`. False if it does not fit there.

@@ -45,6 +45,13 @@ const LOOKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A worker that expects its next request in one slot looks at the other once in so many looks.
 pub(crate) const OTHER_EVERY: u32 = 8;
 
+/// Looks that are left out after a payload was handed over: a line takes longer than that to the other side and back.
+const LOOKS_LEFT_OUT: u32 = 2;
+/// Lines of payload that a host copies out and in again in the time of a look.
+const LINES_IN_A_LOOK: u32 = 16;
+/// Most looks that are left out for the copies.
+const COPY_LOOKS_MAX: u32 = 14;
+
 /// How a side waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Policy {
@@ -222,6 +229,16 @@ pub fn look_for_reply(slot: &Slot, spin: &Spin) -> bool {
     false
 }
 
+/// Host: [`look_for_reply`] for a call with a payload: see [`expect_payload`].
+#[inline(always)]
+#[must_use]
+pub fn look_for_payload_reply(slot: &Slot, spin: &Spin) -> bool {
+    if spin.looks() != 0 {
+        (0..LOOKS_LEFT_OUT).for_each(|_| pause());
+    }
+    look_for_reply(slot, spin)
+}
+
 /// Host: what [`wait_reply`] does after the first looks.
 #[cold]
 #[inline(never)]
@@ -373,6 +390,41 @@ pub fn wait_request(
     wait_request_slow(direct, ring, last, spin, bell, progress, calls)
 }
 
+/// Worker: the first looks after the reply to a call in the direct slot that had `lines` lines of payload in the slot's scratch. They end with a request in
+/// either slot, or without one after some time; [`wait_request`] goes on in both cases. `soon` asks for a line of the scratch.
+///
+/// The next call will most likely have as much. What is different from the looks for a call of numbers serves one purpose: that the payload's lines travel together with
+/// the slot's, and not after it.
+/// - A side that copies a payload writes several lines and the slot's at last, and needs all of them to itself. A look at the slot in the middle of that takes its line
+///   away, and the writer has to get it back before it can go on. So neither side looks while the other cannot be done yet: the host leaves out the looks that a round trip takes at the least
+///   ([`look_for_payload_reply`]), the worker those that the host needs to see the reply, and to copy out and in.
+/// - The lines are asked for before the request is there: the first at each look, which costs nothing as long as it stays where it is; the last as soon as the turn is seen. Both addresses are known
+///   before the words of the request are, so a processor that expects the turn in this look asks while the slot's line is still on its way.
+#[cold]
+#[inline(never)]
+pub fn expect_payload(direct: &Slot, ring: &Slot, spin: &Spin, lines: u32, soon: impl Fn(u32)) {
+    if spin.looks() == 0 {
+        return;
+    }
+    (0..looks_left_out(lines)).for_each(|_| pause());
+    for look in 0..spin.looks() {
+        soon(0);
+        if direct.has_request() {
+            return soon(lines - 1);
+        }
+        if look % OTHER_EVERY == 0 && ring.has_request() {
+            return;
+        }
+        pause();
+    }
+}
+
+/// How many looks a worker leaves out after a call with so many lines of payload: a copy out and in of 1 KiB takes about as long as a look. Bounded, because the next call may be another.
+const fn looks_left_out(lines: u32) -> u32 {
+    let copies = (lines + LINES_IN_A_LOOK / 2) / LINES_IN_A_LOOK;
+    LOOKS_LEFT_OUT + if copies < COPY_LOOKS_MAX { copies } else { COPY_LOOKS_MAX }
+}
+
 #[cold]
 #[inline(never)]
 fn wait_request_slow(
@@ -513,6 +565,34 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn looks_for_a_payload_find_a_request_in_either_slot_and_end_without_one() {
+        for policy in [Policy::Adaptive, Policy::Spin, Policy::Park] {
+            let p = pair();
+            let asked = std::cell::RefCell::new(Vec::new());
+            let expect = || {
+                asked.borrow_mut().clear();
+                expect_payload(&p.direct, &p.ring, &Spin::new(policy), 16, |line| {
+                    asked.borrow_mut().push(line);
+                });
+                asked.borrow().clone()
+            };
+            let looks = if policy == Policy::Park { 0 } else { LOOKS as usize };
+            assert_eq!(expect(), vec![0; looks], "nobody asks for anything");
+            publish(&p.ring, &p.bell);
+            assert_eq!(expect(), vec![0; looks.min(1)], "the other slot is seen at the first look");
+            publish(&p.direct, &p.bell);
+            let both = if looks == 0 { vec![] } else { vec![0, 15] };
+            assert_eq!(expect(), both, "the first line is asked for before the look, the last one after it");
+        }
+    }
+
+    #[test]
+    fn the_more_was_lent_the_more_looks_are_left_out_up_to_a_bound() {
+        let left_out = [1, 4, 8, 16, 64, 1024, u32::from(u16::MAX)].map(looks_left_out);
+        assert_eq!(left_out, [2, 2, 3, 3, 6, 16, 16]);
     }
 
     #[test]

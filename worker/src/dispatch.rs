@@ -36,8 +36,10 @@ const _: () = assert!(INTEGER_REGISTERS + FLOAT_REGISTERS <= WORDS_MAX);
 
 /// A resolved function, ready to be called. The two commonest kinds are called in line.
 pub(crate) enum Callable {
-    /// Integer registers only, and nothing to be done besides the call.
+    /// Integer registers only, none of them a pointer, and nothing to be done besides the call.
     Integers(Integers),
+    /// The same with pointers: the call may have a payload.
+    Pointers(Integers),
     /// Vector registers only, a float result, and nothing to be done besides the call.
     Floats(Floats),
     /// Any other.
@@ -91,7 +93,10 @@ impl Callable {
         if registers_do && plain && floats == 0 && !float_result {
             // SAFETY: only the pointer's type changes; all function pointers have one size. What calling it through this type means is
             // argued at the call.
-            return Ok(Self::Integers(unsafe { std::mem::transmute::<Foreign, Integers>(function) }));
+            let function = unsafe { std::mem::transmute::<Foreign, Integers>(function) };
+            let pointers =
+                signature.args.iter().any(|t| matches!(t, Type::Ptr | Type::CString | Type::Buffer));
+            return Ok(if pointers { Self::Pointers(function) } else { Self::Integers(function) });
         }
         if registers_do && plain && integers == 0 && float_result {
             // SAFETY: as above.
@@ -116,20 +121,33 @@ impl Callable {
     #[inline(always)]
     pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
         match self {
-            Self::Integers(function) => Some(call_integers(*function, word)),
+            Self::Integers(function) | Self::Pointers(function) => Some(call_integers(*function, word)),
             _ => None,
         }
+    }
+
+    /// Calls the function with the words in `slot` and leaves the result there, if it takes numbers and nothing else is to be done.
+    #[inline(always)]
+    pub(crate) fn invoke_plain(&self, slot: &Slot) -> bool {
+        // Apart from the others, so that it is found with one comparison.
+        if let Self::Integers(function) = self {
+            slot.set_word(0, call_integers(*function, |at| slot.word(at)));
+            return true;
+        }
+        if let Self::Floats(function) = self {
+            slot.set_word(0, call_floats(*function, slot).to_bits());
+            return true;
+        }
+        false
     }
 
     /// Calls the function with the words in `slot` and leaves the result there.
     #[inline(always)]
     pub(crate) fn invoke(&self, slot: &Slot, blocks: &mut Blocks) {
-        // Apart from the others, so that it is found with one comparison.
-        if let Self::Integers(function) = self {
-            return slot.set_word(0, call_integers(*function, |at| slot.word(at)));
-        }
         match self {
-            Self::Integers(_) => {}
+            Self::Integers(function) | Self::Pointers(function) => {
+                slot.set_word(0, call_integers(*function, |at| slot.word(at)));
+            }
             Self::Floats(function) => slot.set_word(0, call_floats(*function, slot).to_bits()),
             Self::Other(other) => other.invoke(slot, blocks),
         }

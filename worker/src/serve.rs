@@ -102,7 +102,13 @@ fn serve_as<const METERED: bool>(
         running.store(function, Relaxed);
         let callable = function.checked_sub(FUNCTIONS_BASE).and_then(|i| session.functions.get(i as usize));
         if let Some(callable) = callable {
-            callable.invoke(slot, &mut session.blocks);
+            // What may have a payload stands apart, so that the loop of calls of numbers has the registers to itself.
+            if !callable.invoke_plain(slot) {
+                let payload = (!METERED && which == Which::Direct).then_some((ring, &spin));
+                if session.invoke_other(function, slot, payload) {
+                    continue;
+                }
+            }
         } else if function == session::CLOSE {
             // Calls that were sent before it run before it, whether somebody waits for them or not. No more than the stream holds: a pipeline may go on sending.
             session.serve_stream(u32::try_from(RECORDS).unwrap_or(u32::MAX), &running);
@@ -134,6 +140,20 @@ impl Session<'_> {
     /// Serves at most `most` calls of the stream that are there.
     fn serve_stream(&mut self, most: u32, running: &AtomicU32) {
         self.stream.serve(most, &self.functions, &mut self.blocks, running);
+    }
+
+    /// Calls a function that takes more than numbers. With `payload`, a call that has one is answered here, and the next one expected: then the answer is true.
+    #[inline(never)]
+    fn invoke_other(&mut self, function: u32, slot: &Slot, payload: Option<(&Slot, &Spin)>) -> bool {
+        let Some(callable) = self.functions.get((function - FUNCTIONS_BASE) as usize) else { return false };
+        let (_, lines) = slot.function();
+        callable.invoke(slot, &mut self.blocks);
+        let Some((ring, spin)) = payload.filter(|_| lines != 0) else { return false };
+        wait::reply(slot);
+        if !self.stream.is_on() {
+            wait::expect_payload(slot, ring, spin, lines, |line| self.region.scratch_soon(line));
+        }
+        true
     }
 
     /// How many allocations the memory limit has refused so far.
