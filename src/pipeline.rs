@@ -94,7 +94,7 @@ impl SessionInner {
             region.bell(),
             region.progress(),
             timeout,
-            || self.is_alive(),
+            || self.has_live_worker(),
         )
     }
 

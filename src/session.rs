@@ -39,7 +39,7 @@ use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{
     AtomicBool, AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release,
-    Ordering::SeqCst,
+    Ordering::SeqCst, fence,
 };
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -1033,7 +1033,7 @@ impl SessionInner {
 
     /// For a wait that is about to sleep: whether there is any sense in waiting. Notices a crowd, since in one the worker has lost its CPU.
     fn still_waits(&self, lane: Lane) -> bool {
-        let waits = matches!(self.status.load(SeqCst), OPEN | ABANDONED);
+        let waits = self.has_live_worker();
         if waits && matches!(lane, Lane::Direct) {
             self.notice_crowd();
         }
@@ -1390,7 +1390,10 @@ impl SessionInner {
     /// Ends every wait for a reply that will never come. The status says so already.
     fn close_slots(&self) {
         wait::close(self.region.direct());
-        for slot in 0..self.options.slots {
+        // Nobody waits for a slot that no request was ever in, and its page has not been touched. A caller who publishes there just now notes that, announces its sleep, and looks at the
+        // status behind a fence; the status was written before this fence. So it sees the status, or we see its note: SYNC death.
+        fence(SeqCst);
+        for slot in (0..self.options.slots).filter(|slot| self.books(*slot).sequence.load(Relaxed) != 0) {
             wait::close(self.region.slot(slot));
         }
         self.region.sleepers().end_wait();
@@ -1416,6 +1419,14 @@ impl SessionInner {
     pub(crate) fn is_open(&self) -> bool {
         // Both are facts of this process; together one branch.
         self.status.load(Acquire) | (self.original.load(Relaxed) ^ 1) == 0
+    }
+
+    /// For a wait that is about to sleep: whether a reply may still come. If the worker says that it is dying, waits a moment for the kernel to say so too.
+    pub(crate) fn has_live_worker(&self) -> bool {
+        if self.options.policy != WaitPolicy::Park {
+            self.worker.follow_crash();
+        }
+        self.is_alive()
     }
 
     /// Whether a reply may still come.

@@ -14,6 +14,7 @@ use hotcell_channel::region::CrashRegion;
 use hotcell_channel::socket::{self, PacketError};
 use hotcell_channel::sys::{self, WaitStatus};
 pub use hotcell_channel::wait::Policy as WaitPolicy;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io::ErrorKind;
@@ -23,7 +24,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// The environment variable that names the worker program when the configuration names none.
@@ -35,6 +36,10 @@ pub const OUTPUT_TAIL_BYTES: usize = 8 << 10;
 const OUTPUT_EVENTS_MAX: usize = 256;
 /// How long a worker whose control socket has closed may take to die before that counts as a breach.
 const HANG_UP_GRACE: Duration = Duration::from_millis(200);
+/// Looks at a lock that is about to become free, each with the CPU given away, before sleeping on it: some 100 µs.
+const COLLECTING_LOOKS: u32 = 200;
+/// How long a caller looks for the end of a worker that says that it is dying. The backtrace takes some 50 µs and the kernel some 200 µs, longer for a large worker.
+const FOLLOW_MAX: Duration = Duration::from_millis(1);
 
 /// Where a worker's standard output or standard error goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -213,6 +218,8 @@ impl WorkerBuilder {
         // The host's hello waits in the socket before the worker has been started: one round trip less.
         socket::send(host_end.as_fd(), &Hello::ours().encode(), Some(crash_page.as_fd()))
             .map_err(|e| StartError::system("writing to the control socket", e))?;
+        let crash_page = CrashRegion::open(crash_page.as_fd())
+            .map_err(|e| StartError::system("mapping the crash page", e))?;
         command.stdin(Stdio::from(worker_end));
         let spawned = runtime
             .spawn(command)
@@ -452,7 +459,7 @@ pub(crate) struct WorkerInner {
     pub(crate) pid: u32,
     pidfd: OwnedFd,
     socket: OwnedFd,
-    crash_page: OwnedFd,
+    crash_page: CrashRegion,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     program: PathBuf,
@@ -464,7 +471,13 @@ pub(crate) struct WorkerInner {
     group: Mutex<Option<Group>>,
     /// The first reason for which the host ended it.
     verdict: OnceLock<Verdict>,
+    /// Held by whoever collects the process: the monitor, or a caller who follows its crash.
+    collecting: Mutex<()>,
+    /// A caller has followed the crash page's word: see [`WorkerInner::follow_crash`].
+    followed: AtomicBool,
     death: OnceLock<Arc<Death>>,
+    /// Output that was read together with the end. The monitor tells it before the end.
+    untold: Mutex<Vec<WorkerEvent>>,
     disposing: AtomicBool,
     inbox: Mutex<Inbox>,
     inbox_changed: Condvar,
@@ -495,7 +508,7 @@ impl WorkerInner {
     fn new(
         spawned: Spawned,
         socket: OwnedFd,
-        crash_page: OwnedFd,
+        crash_page: CrashRegion,
         program: PathBuf,
         config: WorkerBuilder,
     ) -> Self {
@@ -515,7 +528,10 @@ impl WorkerInner {
             limits: config.limits,
             group: Mutex::default(),
             verdict: OnceLock::new(),
+            collecting: Mutex::default(),
+            followed: AtomicBool::new(false),
             death: OnceLock::new(),
+            untold: Mutex::default(),
             disposing: AtomicBool::new(false),
             inbox: Mutex::default(),
             inbox_changed: Condvar::new(),
@@ -775,19 +791,74 @@ impl WorkerInner {
         }
     }
 
-    // What follows runs on the monitor's thread.
+    /// For a caller who is about to sleep: if the crash page says that the worker is dying, looks at the pidfd for up to [`FOLLOW_MAX`], and collects the worker
+    /// when the kernel says that it has ended. That saves the wake-ups of the monitor and of the caller, each of which takes as long as a third of a bare
+    /// process's end.
+    ///
+    /// The page is believed nothing: it only makes one caller look, once in a worker's life, so a worker that lies costs that caller [`FOLLOW_MAX`], in which a reply is noticed late.
+    /// Who looks gives its CPU away between the looks: the worker may need it to end.
+    pub(crate) fn follow_crash(&self) {
+        if !self.crash_page.page().says_dying()
+            || self.followed.swap(true, Ordering::Relaxed)
+            || sys::original_process().load(Ordering::Relaxed) == 0
+        {
+            return;
+        }
+        let start = Instant::now();
+        while !self.is_dead() && start.elapsed() < FOLLOW_MAX {
+            if socket::readable(self.pidfd.as_fd(), Duration::ZERO) {
+                // If a process that traces it keeps it, the rest is the monitor's.
+                self.take_status();
+                return;
+            }
+            std::thread::yield_now();
+        }
+    }
 
-    /// The process may have ended: collects it, and tells everybody. False if it still runs, or if a process that traces it keeps it.
-    pub(crate) fn collect(&self) -> bool {
+    /// Collects the process if it has ended, and ends all waits for its replies. Whoever comes first does it; false if it still runs, or if a process that
+    /// traces it keeps it.
+    fn take_status(&self) -> bool {
+        let _collecting = self.lock_collecting();
+        if self.is_dead() {
+            return true;
+        }
         let Some((status, usage)) = sys::wait_pidfd(self.pidfd.as_fd()) else { return false };
         self.ended(status, usage);
         true
     }
 
+    /// Whoever has the lock has it for some 50 µs. To sleep on it would be to have a caller, who is in a hurry, wake the monitor.
+    fn lock_collecting(&self) -> MutexGuard<'_, ()> {
+        for _ in 0..COLLECTING_LOOKS {
+            if let Ok(guard) = self.collecting.try_lock() {
+                return guard;
+            }
+            std::thread::yield_now();
+        }
+        lock(&self.collecting)
+    }
+
+    // What follows runs on the monitor's thread, but for `ended` and what it calls.
+
+    /// The process may have ended: collects it, unless a caller has, and tells everybody. False if it still runs, or if a process that traces it keeps it.
+    pub(crate) fn collect(&self) -> bool {
+        let collected = self.take_status();
+        if collected {
+            self.tell_end();
+        }
+        collected
+    }
+
     /// The process has ended, but a process that traces it has not let go of it: tells everybody without its status. It still has to be
     /// collected.
     pub(crate) fn ended_but_traced(&self) {
-        self.ended(WaitStatus::Unknown, sys::Usage::default());
+        {
+            let _collecting = self.lock_collecting();
+            if !self.is_dead() {
+                self.ended(WaitStatus::Unknown, sys::Usage::default());
+            }
+        }
+        self.tell_end();
     }
 
     /// Whether the process, whose end has been told, leaves no zombie.
@@ -795,20 +866,24 @@ impl WorkerInner {
         sys::wait_pidfd(self.pidfd.as_fd()).is_some()
     }
 
+    /// Makes the report and ends all waits for replies; with `collecting` held. Runs no code of the host's user: that is for [`WorkerInner::tell_end`], since a caller who
+    /// collects the worker may hold any lock.
     fn ended(&self, status: WaitStatus, usage: sys::Usage) {
         self.drain_output();
-        let page = CrashRegion::open(self.crash_page.as_fd()).ok();
-        let facts = page.as_ref().and_then(|region| region.page().read());
-        let refusals = page.as_ref().map_or_else(Vec::new, |region| region.page().refusals());
+        let page = self.crash_page.page();
+        let facts = page.read();
         let group = lock(&self.group).take();
         let evidence = Evidence {
             status,
             usage: &usage,
-            note: page.as_ref().and_then(|region| region.page().limit()),
+            note: page.limit(),
             memory_kills: group.as_ref().map_or(0, Group::memory_kills),
         };
         let sessions: Vec<Arc<SessionInner>> =
             lock(&self.sessions).values().filter_map(Weak::upgrade).collect();
+        // They lie in a page of their own.
+        let metered = sessions.iter().any(|session| session.options.limits.memory_bytes.is_some());
+        let refusals = if metered { page.refusals() } else { Vec::new() };
         let mut running: Vec<(u32, FunctionName)> = Vec::new();
         for session in &sessions {
             if let Some(function) = session.running_function() {
@@ -851,7 +926,6 @@ impl WorkerInner {
         });
         let stderr_tail: Vec<u8> = lock(&self.stderr_tail).iter().copied().collect();
         let stderr_tail = printable(&stderr_tail);
-        monitor::guarded(|| tracing::debug!(pid = self.pid, %cause, "worker ended"));
         let stderr_dropped = self.stderr_dropped.load(Ordering::Relaxed);
         let greeted = lock(&self.inbox).greeted;
         let death = Death {
@@ -866,12 +940,21 @@ impl WorkerInner {
             stderr_dropped,
         };
         let _ = self.death.set(Arc::new(death));
-        // Callers first: some are spinning.
         for session in &sessions {
             session.worker_died();
         }
         lock(&self.inbox).dead = true;
         self.inbox_changed.notify_all();
+    }
+
+    /// Tells the worker's end, once it is known and the callers have it.
+    fn tell_end(&self) {
+        if let Some(death) = self.death() {
+            monitor::guarded(|| tracing::debug!(pid = self.pid, cause = %death.cause, "worker ended"));
+        }
+        for event in std::mem::take(&mut *lock(&self.untold)) {
+            self.tell(&event);
+        }
         if let Some(report) = self.report() {
             self.tell(&WorkerEvent::Ended(report));
         }
@@ -949,34 +1032,36 @@ impl WorkerInner {
 
     /// Captured output can be read, or its end has come.
     pub(crate) fn read_output(&self, runtime: &Runtime, source: Source) {
-        if !self.read_piece(source) {
+        if !self.read_piece(source, |event| self.tell(&event)) {
             runtime.forget(self, source);
         }
     }
 
-    /// Reads one piece of output. False at its end.
-    fn read_piece(&self, source: Source) -> bool {
+    /// Reads one piece of output, and has `tell` told of it if anybody listens. False at its end.
+    // Not inlined: its buffer would be part of the frame of whoever collects a worker, and the pages of that would be touched for a worker that has written nothing.
+    #[inline(never)]
+    fn read_piece(&self, source: Source, tell: impl FnOnce(WorkerEvent)) -> bool {
         let (fd, tail, dropped) = match source {
             Source::Stdout => (&self.stdout, &self.stdout_tail, &self.stdout_dropped),
             _ => (&self.stderr, &self.stderr_tail, &self.stderr_dropped),
         };
         let Some(fd) = fd else { return false };
         let mut buffer = [0u8; 32 << 10];
+        // The tail is locked before the read: a caller who collects the worker reads too, and pieces stay in order.
+        let mut tail = lock(tail);
         let Some(count) = monitor::read_some(fd, &mut buffer) else { return false };
         if count == 0 {
             return true;
         }
         let piece = &buffer[..count];
-        {
-            let mut tail = lock(tail);
-            tail.extend(piece);
-            let excess = tail.len().saturating_sub(self.limits.output_bytes);
-            tail.drain(..excess);
-            dropped.fetch_add(excess as u64, Ordering::Relaxed);
-        }
+        tail.extend(piece);
+        let excess = tail.len().saturating_sub(self.limits.output_bytes);
+        tail.drain(..excess);
+        dropped.fetch_add(excess as u64, Ordering::Relaxed);
+        drop(tail);
         if !lock(&self.listeners).is_empty() {
             let piece = piece.to_vec();
-            self.tell(&if source == Source::Stdout {
+            tell(if source == Source::Stdout {
                 WorkerEvent::Stdout(piece)
             } else {
                 WorkerEvent::Stderr(piece)
@@ -991,7 +1076,8 @@ impl WorkerInner {
             let mut pipe_bytes_left = 1usize << 20;
             loop {
                 let before = self.descriptor(source).map_or(0, |fd| waiting_bytes(fd));
-                if before == 0 || pipe_bytes_left == 0 || !self.read_piece(source) {
+                let hold = |event| lock(&self.untold).push(event);
+                if before == 0 || pipe_bytes_left == 0 || !self.read_piece(source, hold) {
                     break;
                 }
                 pipe_bytes_left = pipe_bytes_left.saturating_sub(before);
@@ -1000,9 +1086,12 @@ impl WorkerInner {
     }
 }
 
-/// Whether a pipe has something to read: 1 if so, for the bound above at most the size of one read.
+/// Whether a pipe has something to read, rather than only its end: 1 if so, for the bound above at most the size of one read.
 fn waiting_bytes(fd: BorrowedFd<'_>) -> usize {
-    if socket::readable(fd, Duration::ZERO) { 32 << 10 } else { 0 }
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    let polled = poll(&mut fds, PollTimeout::ZERO);
+    let readable = fds.iter().filter_map(PollFd::revents).any(|ready| ready.contains(PollFlags::POLLIN));
+    if polled.is_ok() && readable { 32 << 10 } else { 0 }
 }
 
 /// Untrusted bytes as text for a report: lossily decoded, and everything but the line feed escaped that could do more than print: control

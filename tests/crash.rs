@@ -3,14 +3,17 @@
 #[path = "common/faults.rs"]
 mod faults;
 
-use faults::{Cell, build, crashed, dies, eventually, exited, is_dead, is_gone, napping, next_worker_works};
+use faults::{
+    Cell, build, crashed, dies, eventually, exited, faulty, is_dead, is_gone, napping, next_worker_works,
+};
 use faults::{in_child, is_child, mappings, no_children, open_descriptors, own_threads, signaled, watchdog};
 use hotcell::{
-    Access, CallError, Cause, CrashReport, In, Involvement, OnDeadline, SessionBuilder, WaitPolicy, Worker,
-    WorkerEvent,
+    Access, CallError, Cause, CrashReport, In, Involvement, OnDeadline, RemotePtr, SessionBuilder,
+    WaitPolicy, Worker, WorkerEvent,
 };
 use nix::libc;
 use std::ffi::CStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Whether the backtrace has a frame of this function of `libfaulty.so`.
@@ -41,6 +44,9 @@ fn segfault_in_read_reports_signal_address_and_access() {
     assert_eq!(report.fault_address(), Some(0x123));
     assert_eq!(report.access(), Some(Access::Read));
     is_located(&report, "read_at");
+    let own = std::env::current_exe().unwrap();
+    let last = report.backtrace().last().unwrap().object.as_deref();
+    assert_eq!(last, own.file_name().and_then(|name| name.to_str()), "it ends at the serve loop: {report}");
     let text = report.to_string();
     assert!(text.contains("killed by SIGSEGV in read_at of "), "{text}");
     assert!(text.contains("\n  fault: read of 0x123\n"), "{text}");
@@ -449,6 +455,70 @@ fn session_of_another_call_in_the_same_worker_is_a_bystander() {
         is_dead(cell, &report);
     }
     next_worker_works();
+}
+
+#[test]
+fn crashes_of_two_sessions_at_once_are_one_death() {
+    let _watchdog = watchdog();
+    for _ in 0..20 {
+        let first = Cell::new();
+        let second = Cell::in_worker(first.worker.clone());
+        let crash = |cell: &Cell| {
+            let go = Arc::new(cell.session.block(64).unwrap());
+            assert!(go.write_value(0, &0u32));
+            let function = cell.module.function::<fn(RemotePtr) -> i32>("crash_when").unwrap();
+            let block = Arc::clone(&go);
+            (go, std::thread::spawn(move || function.call(block.pointer())))
+        };
+        let (go, one) = crash(&first);
+        let (also_go, two) = crash(&second);
+        assert!(go.write_value(0, &1u32));
+        // The worker may be dead by now.
+        let _ = also_go.write_value(0, &1u32);
+        let reports = [crashed(one.join().unwrap()), crashed(two.join().unwrap())];
+        for report in &reports {
+            assert_eq!(*report.cause(), signaled(libc::SIGSEGV), "{report}");
+            let pc = report.instruction().map(|(pc, _)| pc);
+            assert!(report.backtrace().first().is_none_or(|frame| Some(frame.pc) == pc), "{report}");
+        }
+        let culprits = reports.iter().filter(|report| report.involvement() == Involvement::Culprit).count();
+        assert!(culprits <= 1, "{} {}", reports[0], reports[1]);
+        is_dead(&first, &reports[0]);
+        is_dead(&second, &reports[1]);
+    }
+    next_worker_works();
+}
+
+#[test]
+fn caller_that_sleeps_or_spins_gets_the_whole_report_and_listeners_get_output_before_the_end() {
+    let _watchdog = watchdog();
+    for policy in [WaitPolicy::Adaptive, WaitPolicy::Spin, WaitPolicy::Park] {
+        for ms in [0, 0, 0, 1, 5] {
+            let worker = Worker::spawn().unwrap();
+            let events = worker.events();
+            let session = worker.session_with(SessionBuilder::default().wait(policy)).unwrap();
+            let module = session.load(faulty()).unwrap();
+            let say = module.function::<fn(In<CStr>) -> i32>("say").unwrap();
+            say.call(c"one ").unwrap();
+            say.call(c"two").unwrap();
+            let report = crashed(module.function::<fn(i32) -> i32>("nap_and_crash").unwrap().call(ms));
+            assert_eq!(*report.cause(), signaled(libc::SIGSEGV));
+            assert_eq!((report.involvement(), report.fault_address()), (Involvement::Culprit, Some(0)));
+            is_located(&report, "nap_and_crash");
+            assert_eq!(report.stderr_tail(), "one two");
+            // The receiver ends with the event of the end.
+            let mut told: Vec<_> = events.iter().collect();
+            assert!(matches!(told.pop(), Some(WorkerEvent::Ended(_))), "the end comes last");
+            let written: Vec<u8> = told
+                .into_iter()
+                .flat_map(|event| match event {
+                    WorkerEvent::Stderr(piece) => piece,
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!(written, b"one two");
+        }
+    }
 }
 
 #[test]

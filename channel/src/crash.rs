@@ -504,6 +504,11 @@ impl CrashPage {
         Some(LimitNote { exceeded, session, amount: self.limit_amount.load(Ordering::Relaxed) })
     }
 
+    /// Whether the worker says that it is dying. That is its word and no more: a reason to look at the process, which the kernel knows the truth of.
+    pub fn says_dying(&self) -> bool {
+        self.stage.load(Ordering::Relaxed) >= STAGE_FACTS
+    }
+
     /// Copies what the worker wrote, checked; `None` if it wrote nothing, not enough, or nonsense.
     ///
     /// The worker may still be running and may write while this reads: the facts are then those of some moment, but

@@ -8,7 +8,7 @@
 //!   stack, and nowhere else; the one exception is the saved context of the signal, which is its own to change;
 //! - it reads foreign memory (stacks, the linker's tables) only through [`Memory`], which asks the kernel first;
 //! - it makes only syscalls that native code itself needs for `abort` or `malloc`: `rt_sigprocmask`, `rt_sigaction`, `rt_sigreturn`, `getpid`,
-//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`, `mmap`, `munmap`, `prlimit64`, `prctl`; a refused one costs detail, not the report;
+//!   `gettid`, `tgkill`, `clock_nanosleep`, `exit_group`, `futex`, `mmap`, `munmap`, `prlimit64`, `prctl`; a refused one costs detail, not the report;
 //! - it takes no lock, allocates nothing, formats nothing, never panics, and each loop has a bound.
 //!
 //! The one piece that is not ours is `_Unwind_Backtrace`. With a C library that has `_dl_find_object` (glibc 2.35) it is
@@ -75,6 +75,8 @@ const DYNAMIC_ENTRIES_MAX: u64 = 512;
 const OWN_FRAMES_MAX: u32 = 32;
 /// How long a second crashing thread waits for the first to end the process: 200 times 1 ms.
 const WAITS_MAX: u32 = 200;
+/// Most bytes of the serve loop's frame above the number of the running function: it is found if it has no more.
+const SERVE_FRAME_BYTES_MAX: u64 = 16 * 1024;
 /// "None" for a session or a function.
 const NONE: u32 = u32::MAX;
 
@@ -104,6 +106,8 @@ struct Here {
     session: AtomicU32,
     /// Address of the number of the function that runs; 0 if none was told. Read as foreign memory.
     running: AtomicU64,
+    /// Address of the word that callers of the session's direct slot sleep on; 0 if none was told. Only the kernel looks there.
+    caller: AtomicU64,
     /// Lowest address of the thread's stack, 0 if not known, and the size of the guard below it.
     stack_low: AtomicU64,
     stack_guard_bytes: AtomicU64,
@@ -121,6 +125,7 @@ thread_local! {
         Here {
             session: AtomicU32::new(NONE),
             running: AtomicU64::new(0),
+            caller: AtomicU64::new(0),
             stack_low: AtomicU64::new(0),
             stack_guard_bytes: AtomicU64::new(0),
             step: AtomicU32::new(STEP_NONE),
@@ -183,15 +188,16 @@ pub(crate) fn enter_thread() -> ThreadGuard {
     ThreadGuard { stack: AltStack::new().ok() }
 }
 
-/// Notes which session the calling thread serves and where it keeps the number of the function that it is calling
-/// (`u32::MAX` for none), until the thread's guard drops.
+/// Notes which session the calling thread serves, where it keeps the number of the function that it is calling
+/// (`u32::MAX` for none), and the word that the direct slot's caller sleeps on, until the thread's guard drops. `running` has to lie in the frame of the serve loop: the backtrace ends there.
 ///
 /// The serve loop notes a call by one relaxed store to its own memory. The handler takes the address for what it is, a number:
 /// it asks the kernel before it reads, so an address gone stale gives a wrong function and no harm.
-pub(crate) fn set_session(session: u32, running: &AtomicU32) {
+pub(crate) fn set_session(session: u32, running: &AtomicU32, caller: &AtomicU32) {
     HERE.with(|here| {
         here.session.store(session, Ordering::Relaxed);
         here.running.store(ptr::from_ref(running).expose_provenance() as u64, Ordering::Relaxed);
+        here.caller.store(ptr::from_ref(caller).expose_provenance() as u64, Ordering::Relaxed);
     });
 }
 
@@ -227,6 +233,7 @@ impl Drop for ThreadGuard {
         HERE.with(|here| {
             here.session.store(NONE, Ordering::Relaxed);
             here.running.store(0, Ordering::Relaxed);
+            here.caller.store(0, Ordering::Relaxed);
             here.stack_low.store(0, Ordering::Relaxed);
         });
         drop(self.stack.take());
@@ -413,6 +420,7 @@ fn climb(installed: &Installed, here: &Here, step: u32, nested: bool) {
         here.step.store(STEP_NAME, Ordering::Relaxed);
         name_frames(installed);
         installed.page.finish();
+        wake_caller(here);
     }
     here.step.store(STEP_DIE, Ordering::Relaxed);
 }
@@ -557,16 +565,27 @@ extern "C" fn on_frame(unwinder: *mut UnwindContext, trace: *mut c_void) -> c_in
         trace.own_frames += 1;
         return if trace.own_frames < OWN_FRAMES_MAX { URC_NO_REASON } else { URC_END_OF_STACK };
     };
+    // SAFETY: as above.
+    let frame_low = unsafe { _Unwind_GetCFA(unwinder) } as u64;
+    if is_beyond_serve_loop(trace.here, frame_low) {
+        return URC_END_OF_STACK;
+    }
     if push.is_some_and(|pc| pc == 0 || !trace.page.push_frame(pc)) {
         return URC_END_OF_STACK;
     }
     // SAFETY: as above; the register number is one that the unwinder knows for each frame.
     let frame_pointer = unsafe { _Unwind_GetGR(unwinder, FRAME_POINTER_REGISTER) } as u64;
-    // SAFETY: as above.
-    let frame_low = unsafe { _Unwind_GetCFA(unwinder) } as u64;
     trace.here.frame_pointer.store(frame_pointer, Ordering::Relaxed);
     trace.here.frame_low.store(frame_low, Ordering::Relaxed);
     URC_NO_REASON
+}
+
+/// Whether the frame that begins at this address is one with which every thread starts, above the session's serve loop: that one has the number of the running function in its frame.
+/// Such frames say nothing, and their tables and names cost more than a third of the handler's time.
+fn is_beyond_serve_loop(here: &Here, frame_low: u64) -> bool {
+    let running = here.running.load(Ordering::Relaxed);
+    // Native code may be on another stack, which may be at any other address.
+    running != 0 && (1..=SERVE_FRAME_BYTES_MAX).contains(&frame_low.wrapping_sub(running))
 }
 
 /// The callback of `install`'s rehearsal.
@@ -1061,6 +1080,14 @@ fn wait_for_the_end() {
             )
         };
     }
+}
+
+/// Wakes the caller whose call runs, if it sleeps on the direct slot: it sees that this process is about to die, and looks for its end. The kernel takes some 200 µs to get there, in
+/// which the caller's CPU wakes up.
+fn wake_caller(here: &Here) {
+    let word = pointer::<u32>(here.caller.load(Ordering::Relaxed));
+    // SAFETY: the address is only a number for the kernel, which looks up who sleeps there and refuses one that is not mapped.
+    unsafe { libc::syscall(libc::SYS_futex, word, libc::FUTEX_WAKE, 1) };
 }
 
 /// Step DIE: lets `signal` kill the process, as the module's law says. With a context, the death comes when the

@@ -54,7 +54,7 @@ fn serve_as<const METERED: bool>(
     let _stack = crash_handler::enter_thread();
     // What runs now, or ran last, for the crash handler: the thread's own memory, one plain store a call.
     let running = AtomicU32::new(u32::MAX);
-    crash_handler::set_session(id, &running);
+    crash_handler::set_session(id, &running, region.direct().futex());
 
     let mut session = Session {
         region,

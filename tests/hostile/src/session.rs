@@ -185,6 +185,16 @@ pub(crate) fn tell(mut session: Session, lie: &Lie) {
                 _ => process::die(9),
             }
         }),
+        "dying-for-ever" => session.lie_in_calls(|session, seen| {
+            forge_crash_page(session, 4);
+            // The caller is about to sleep, or sleeps and is woken for nothing.
+            for _ in 0..3 {
+                std::thread::sleep(Duration::from_millis(1));
+                sys::futex_wake(seen.slot.futex(), i32::MAX);
+            }
+            seen.slot.set_word(0, 42);
+            wait::reply(seen.slot);
+        }),
         "grandchild-scribbles" => session.lie_in_calls(move |session, _| {
             let states: &[&[u32]] = &[&[REQUEST, REQUEST | PARKED], &[0, 1, 2, 3, 4, 5], &[REPLY], &[UPCALL]];
             process::leave_a_scribbler(session, states[usize::try_from(number).unwrap_or(0) % states.len()]);

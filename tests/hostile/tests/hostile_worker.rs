@@ -8,6 +8,7 @@ use hotcell::{
     Module, OnDeadline, Out, Pipeline, RemotePtr, Session, SessionBuilder, Signature, StartError, Type,
     WaitPolicy, Worker, WorkerBuilder, WorkerEvent,
 };
+use nix::time::{ClockId, clock_gettime};
 use std::ffi::CString;
 use std::sync::Once;
 use std::time::{Duration, Instant};
@@ -747,6 +748,22 @@ tests! {
 
     fn region_and_crash_page_cannot_change_their_size() {
         assert_eq!(Cell::new("break-the-seal").call().unwrap(), 0, "one bit for each attempt that worked");
+    }
+
+    fn worker_that_says_for_ever_that_it_is_dying_is_looked_at_once() {
+        const CALLS: u32 = 300;
+        let cell = Cell::new("dying-for-ever");
+        let on_cpu = || Duration::from(clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).unwrap());
+        let before = on_cpu();
+        for _ in 0..CALLS {
+            assert_eq!(cell.call().unwrap(), 42);
+        }
+        // To look for its end takes 1 ms of CPU; in each call that would be 300 ms, and in each wake-up 900 ms. The rest is spins and sleeps: a few µs each.
+        let used = on_cpu() - before;
+        assert!(used < Duration::from_millis(150), "{CALLS} calls took {used:?} of CPU");
+        assert!(cell.worker.is_alive() && cell.worker.crash_report().is_none());
+        cell.worker.dispose();
+        assert_eq!(wait_for_the_end(&cell.worker).cause(), &Cause::Disposed);
     }
 
     fn crash_page_is_believed_only_where_the_kernel_agrees() {
