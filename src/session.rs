@@ -24,7 +24,8 @@ use crossbeam_utils::CachePadded;
 use hotcell_channel::arena::{Arena, ArenaBlock};
 use hotcell_channel::control::{self, ToWorker};
 use hotcell_channel::layout::{
-    ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, HUGE_PAGE_BYTES, PAGE_BYTES, PAYLOAD_ALIGN, SCRATCH_BYTES,
+    self, ARENA_BYTES_MAX, FUNCTIONS_BASE, Geometry, HUGE_PAGE_BYTES, PAGE_BYTES, PAYLOAD_ALIGN,
+    SCRATCH_BYTES,
 };
 use hotcell_channel::placement::Wanted;
 use hotcell_channel::region::{self, Region};
@@ -916,7 +917,7 @@ impl SessionInner {
     /// Publishes a straight call and waits for its reply. After `None` the reply can be read, and the slot is to be released; after an error it is not the caller's any more.
     #[inline(always)]
     pub(crate) fn run_straight(&self, target: &Target, frame: &Frame<'_>) -> Option<Box<CallError>> {
-        self.publish_direct(frame.slot, target.index, frame.lines(), target.label, frame.sequence);
+        self.publish_direct(frame.slot, target.index, frame.payload_number(), target.label, frame.sequence);
         if wait::look_for_payload_reply(frame.slot, &self.spin) {
             return None;
         }
@@ -945,10 +946,10 @@ impl SessionInner {
         None
     }
 
-    /// Hands the direct slot's request over, with so many lines of payload in its scratch, and keeps the books.
+    /// Hands the direct slot's request over, with what is to be said of its payload, and keeps the books.
     #[inline(always)]
-    fn publish_direct(&self, slot: &Slot, function: u32, lines: u32, label: u32, sequence: u64) {
-        slot.set_function(function, lines);
+    fn publish_direct(&self, slot: &Slot, function: u32, payload: u32, label: u32, sequence: u64) {
+        slot.set_function(function, payload);
         // The books are for the monitor, after a death. They are kept when the request is on its way, because the exchange that sends it waits for every
         // store before it. Should the worker die and the monitor look within that nanosecond, the report names no culprit.
         wait::publish_then(slot, self.region.bell(), || {
@@ -1912,18 +1913,18 @@ impl<'s> Frame<'s> {
         assert!(self.session.region.read(offset, into), "room lies in the arena");
     }
 
-    /// How many lines of the direct slot's scratch are in use.
+    /// What the direct slot's function word says of the payload.
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)] // fits: see the assertion
-    fn lines(&self) -> u32 {
-        const {
-            assert!(
-                SCRATCH_BYTES / PAYLOAD_ALIGN < SLOTS_MAX as u64,
-                "the function word has room for the number"
-            )
-        };
-        // Of a block the cursor lies behind the scratch.
-        if self.cursor <= SCRATCH_BYTES { (self.cursor / PAYLOAD_ALIGN) as u32 } else { 0 }
+    fn payload_number(&self) -> u32 {
+        match &self.block {
+            None => layout::scratch_number(self.cursor),
+            Some(block) => layout::block_number(block.bytes),
+        }
+    }
+
+    /// How many payload bytes were reserved.
+    fn payload_bytes(&self) -> u64 {
+        self.block.as_ref().map_or(self.end, |block| block.bytes)
     }
 
     /// Stores one request word.
@@ -1952,7 +1953,7 @@ impl<'s> Frame<'s> {
         self.stage = Stage::Published;
         match self.lane {
             Lane::Direct => {
-                session.publish_direct(self.slot, function, self.lines(), label, self.sequence);
+                session.publish_direct(self.slot, function, self.payload_number(), label, self.sequence);
             }
             Lane::Ring { slot, next } => {
                 let books = session.books(slot);
@@ -1996,6 +1997,7 @@ impl<'s> Frame<'s> {
             session.region.bell(),
             session.region.progress(),
             self.sequence,
+            self.payload_bytes(),
             timeout,
             || session.still_waits(self.lane),
         )
@@ -2210,19 +2212,21 @@ mod tests {
     }
 
     #[test]
-    fn the_direct_slot_says_how_many_lines_of_payload_there_are() {
+    fn the_direct_slot_says_how_large_the_payload_is() {
         let session = Worker::spawn().unwrap().session().unwrap();
         let libc = session.load("libc.so.6").unwrap();
         let memfrob = libc.function::<fn(InOut<[u8]>, usize) -> crate::RemotePtr>("memfrob").unwrap();
-        let lines = || session.inner().region.direct().function().1;
-        for (bytes, expected) in [(0, 0), (1, 1), (64, 1), (65, 2), (1024, 16), (64 << 10, 1024)] {
+        let number = || session.inner().region.direct().function().1;
+        for (bytes, expected) in
+            [(0, 0), (1, 1), (64, 1), (65, 2), (1024, 16), (64 << 10, 1024), (1 << 20, 1040)]
+        {
             let mut payload = vec![1; bytes];
             memfrob.call(&mut payload, bytes).unwrap();
             assert!(payload.iter().all(|byte| *byte == 1 ^ 42));
-            assert_eq!(lines(), expected, "{bytes} bytes");
+            assert_eq!(number(), expected, "{bytes} bytes");
         }
         session.ping().unwrap();
-        assert_eq!(lines(), 0, "a call without a payload");
+        assert_eq!(number(), 0, "a call without a payload");
     }
 
     #[test]

@@ -37,11 +37,37 @@ pub const RING_OFFSET: u64 = 640;
 pub const SCRATCH_BYTES: u64 = 64 * 1024;
 /// Every payload block starts on its own cache line.
 pub const PAYLOAD_ALIGN: u64 = 64;
+/// Lines of [`PAYLOAD_ALIGN`] bytes in the scratch.
+#[allow(clippy::cast_possible_truncation)] // a thousand
+pub const SCRATCH_LINES: u32 = (SCRATCH_BYTES / PAYLOAD_ALIGN) as u32;
 /// Largest arena that a region may have.
 pub const ARENA_BYTES_MAX: u64 = 1 << 36;
 
 /// Call index of the first resolved function; the ones below are the session's own.
 pub const FUNCTIONS_BASE: u32 = 16;
+
+/// What a direct slot's function word says of a payload in the slot's scratch, of which `bytes` bytes are in use: how many lines.
+#[allow(clippy::cast_possible_truncation)] // less than SCRATCH_LINES
+pub const fn scratch_number(bytes: u64) -> u32 {
+    let lines = bytes.div_ceil(PAYLOAD_ALIGN);
+    if lines < SCRATCH_LINES as u64 { lines as u32 } else { SCRATCH_LINES }
+}
+
+/// What it says of a payload of `bytes` bytes in a block elsewhere in the arena: [`SCRATCH_LINES`] and how many times [`SCRATCH_BYTES`], as far as there is room for it.
+#[allow(clippy::cast_possible_truncation)] // less than SLOTS_MAX
+pub const fn block_number(bytes: u64) -> u32 {
+    let most = crate::slot::SLOTS_MAX - 1 - SCRATCH_LINES;
+    let times = bytes.div_ceil(SCRATCH_BYTES);
+    SCRATCH_LINES + if times < most as u64 { times as u32 } else { most }
+}
+
+/// About how many bytes of payload a direct slot's function word speaks of.
+pub const fn payload_bytes(number: u32) -> u64 {
+    match number.checked_sub(SCRATCH_LINES) {
+        None | Some(0) => number as u64 * PAYLOAD_ALIGN,
+        Some(times) => times as u64 * SCRATCH_BYTES,
+    }
+}
 
 /// The sizes of one session's region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +153,7 @@ pub const LAYOUT_HASH: u64 = {
 };
 
 const _: () = {
+    assert!(SCRATCH_LINES < crate::slot::SLOTS_MAX);
     assert!(PROGRESS_OFFSET.is_multiple_of(128) && DOORBELL_OFFSET.is_multiple_of(128));
     assert!(DIRECT_OFFSET.is_multiple_of(128) && RING_OFFSET.is_multiple_of(128));
     assert!(RING_OFFSET == DIRECT_OFFSET + 128);
@@ -148,6 +175,19 @@ mod tests {
         assert_eq!(g.region_bytes(), g.arena_offset() + SCRATCH_BYTES);
         let huge = Geometry { huge_pages: true, ..g };
         assert_eq!((huge.arena_offset(), huge.slots_end()), (HUGE_PAGE_BYTES, g.slots_end()));
+    }
+
+    #[test]
+    fn a_number_tells_scratch_from_block_and_about_how_much() {
+        for (bytes, number) in [(0, 0), (1, 1), (64, 1), (65, 2), (SCRATCH_BYTES, 1024), (u64::MAX, 1024)] {
+            assert_eq!(scratch_number(bytes), number, "{bytes} bytes in the scratch");
+        }
+        for (bytes, number) in [(1, 1025), (SCRATCH_BYTES, 1025), (1 << 20, 1040), (u64::MAX, 4095)] {
+            assert_eq!(block_number(bytes), number, "{bytes} bytes in a block");
+        }
+        assert_eq!(block_number(ARENA_BYTES_MAX), crate::slot::SLOTS_MAX - 1);
+        let told = [0, 1, 16, 1024, 1025, 1040].map(payload_bytes);
+        assert_eq!(told, [0, 64, 1 << 10, 64 << 10, 64 << 10, 1 << 20]);
     }
 
     #[test]

@@ -143,13 +143,13 @@ impl Slot {
         self.words[index].load(Relaxed)
     }
 
-    /// Stores the function index and a number below [`SLOTS_MAX`]: for ring slots where the worker looks next, for the direct slot how many lines of payload lie in its scratch.
+    /// Stores the function index and a number below [`SLOTS_MAX`]: for ring slots where the worker looks next, for the direct slot how large its payload is ([`crate::layout::scratch_number`], [`crate::layout::block_number`]).
     #[inline(always)]
     pub fn set_function(&self, index: u32, number: u32) {
         self.function.store(index | (number << FUNCTION_BITS), Relaxed);
     }
 
-    /// Loads the function word once: function index, and next ring slot or lines of payload.
+    /// Loads the function word once: function index, and next ring slot or size of the payload.
     #[inline(always)]
     pub fn function(&self) -> (u32, u32) {
         let word = self.function.load(Relaxed);

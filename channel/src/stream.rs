@@ -353,7 +353,7 @@ pub fn wait_reply(
     let left = || timeout.saturating_sub(start.elapsed());
     if spin.looks() != 0 {
         let other = || stream.has_reply(position) || stream.foreign_reply(position).is_some();
-        spin.spin_on(other, || alive() && !left().is_zero());
+        spin.spin_on(wait::SPIN_MAX, other, || alive() && !left().is_zero());
     }
     let mut missed = false;
     let waited = loop {
@@ -483,7 +483,7 @@ fn wait_request_slow(
     calls: u64,
 ) -> (Lane, bool) {
     if spin.looks() != 0 {
-        spin.spin_on(|| lanes.found(last).is_some(), || true);
+        spin.spin_on(wait::SPIN_MAX, || lanes.found(last).is_some(), || true);
     }
     if let Some(which) = lanes.found(last) {
         return (which, false);

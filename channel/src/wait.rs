@@ -11,7 +11,11 @@
 //! the time. It goes back to the full time as soon as a longer spin hits, or a miss comes after many quick calls in a row; and every 16
 //! misses it tries the full time once, so that a caller whose calls have become shorter finds out. While both sides were last seen on the same CPU it does not spin at
 //! all, since the other cannot run while we do.
+//!
+//! A large payload takes the other side time that has nothing to do with how often calls come: the host copies it out and the next one in, the worker's function goes through it. For 1 MiB that is just about
+//! [`SPIN_MAX`], so a side that spun no longer fell asleep at the moment when it was needed, and each such call paid for a wake-up. So a spin after a payload is longer by what such copies take, within limits.
 
+use crate::layout::{self, SCRATCH_LINES};
 use crate::slot::{Doorbell, Progress, Slot, Turn};
 use serde::{Deserialize, Serialize};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -30,8 +34,12 @@ use crate::sys::{futex_wait, futex_wake};
 
 /// Longest sleep of a host before it looks at its own facts again.
 pub const SLICE: Duration = Duration::from_millis(50);
-/// Longest spin under [`Policy::Adaptive`].
+/// Longest spin under [`Policy::Adaptive`], but for payloads: see [`copies`].
 pub const SPIN_MAX: Duration = Duration::from_micros(50);
+/// Twice the time in which 1 KiB is copied out and in again.
+const COPY_NANOS_IN_KIB: u64 = 100;
+/// Longest time added to a spin for a payload.
+const COPIES_MAX: Duration = Duration::from_micros(200);
 /// Halvings of [`SPIN_MAX`] at most.
 const HALVINGS_MAX: u32 = 7;
 /// Misses in a row between two attempts with the full time.
@@ -93,13 +101,14 @@ impl Spin {
         }
     }
 
-    fn budget(&self) -> Duration {
+    /// How much of the longest time `most` to spin.
+    fn budget(&self, most: Duration) -> Duration {
         // Under the model check no time passes: one look, then sleep.
         match self.misses.load(Relaxed) {
             _ if self.policy == Policy::Park || cfg!(loom) => Duration::ZERO,
             SAME_CPU => Duration::ZERO,
-            misses if misses % PROBE_EVERY == 0 => SPIN_MAX,
-            misses => SPIN_MAX / (1 << misses.min(HALVINGS_MAX)),
+            misses if misses % PROBE_EVERY == 0 => most,
+            misses => most / (1 << misses.min(HALVINGS_MAX)),
         }
     }
 
@@ -123,11 +132,16 @@ impl Spin {
         self.policy
     }
 
-    /// Spins until `ready` or the time is used up. `keep_on` is asked from time to time under [`Policy::Spin`], which has no such time.
+    /// Spins until `ready` or the time is used up, at most `most`. `keep_on` is asked from time to time under [`Policy::Spin`], which has no such time.
     #[cold]
     #[inline(never)]
-    pub(crate) fn spin_on(&self, ready: impl Fn() -> bool, mut keep_on: impl FnMut() -> bool) {
-        let budget = self.budget();
+    pub(crate) fn spin_on(
+        &self,
+        most: Duration,
+        ready: impl Fn() -> bool,
+        mut keep_on: impl FnMut() -> bool,
+    ) {
+        let budget = self.budget(most);
         let start = Instant::now();
         loop {
             for _ in 0..LOOKS {
@@ -213,7 +227,7 @@ pub fn wait_reply(
     if look_for_reply(slot, spin) {
         return Waited::Replied;
     }
-    wait_reply_slow(slot, spin, bell, progress, calls, timeout, alive)
+    wait_reply_slow(slot, spin, bell, progress, calls, 0, timeout, alive)
 }
 
 /// Host: the first looks of [`wait_reply`]. Whether they found the reply; if not, [`wait_reply_slow`] goes on.
@@ -239,15 +253,17 @@ pub fn look_for_payload_reply(slot: &Slot, spin: &Spin) -> bool {
     look_for_reply(slot, spin)
 }
 
-/// Host: what [`wait_reply`] does after the first looks.
+/// Host: what [`wait_reply`] does after the first looks. It spins longer for a call with a payload of so many bytes.
 #[cold]
 #[inline(never)]
+#[allow(clippy::too_many_arguments)]
 pub fn wait_reply_slow(
     slot: &Slot,
     spin: &Spin,
     bell: &Doorbell,
     progress: &Progress,
     calls: u64,
+    payload: u64,
     timeout: Duration,
     alive: impl Fn() -> bool,
 ) -> Waited {
@@ -256,7 +272,8 @@ pub fn wait_reply_slow(
     // A deadline so far away that the clock cannot hold it is no deadline.
     let left = || timeout.saturating_sub(start.elapsed());
     if spin.looks() != 0 {
-        spin.spin_on(|| slot.turn() != Turn::Pending, || alive() && !left().is_zero());
+        let most = SPIN_MAX + copies(payload);
+        spin.spin_on(most, || slot.turn() != Turn::Pending, || alive() && !left().is_zero());
     }
     let waited = loop {
         match slot.turn() {
@@ -390,7 +407,7 @@ pub fn wait_request(
     wait_request_slow(direct, ring, last, spin, bell, progress, calls)
 }
 
-/// Worker: the first looks after the reply to a call in the direct slot that had `lines` lines of payload in the slot's scratch. They end with a request in
+/// Worker: the first looks after the reply to a call in the direct slot that had a payload: `number` is what the function word said of it ([`layout::scratch_number`], [`layout::block_number`]). They end with a request in
 /// either slot, or without one after some time; [`wait_request`] goes on in both cases. `soon` asks for a line of the scratch.
 ///
 /// The next call will most likely have as much. What is different from the looks for a call of numbers serves one purpose: that the payload's lines travel together with
@@ -402,21 +419,33 @@ pub fn wait_request(
 ///   before the words of the request are, so a processor that expects the turn in this look asks while the slot's line is still on its way.
 #[cold]
 #[inline(never)]
-pub fn expect_payload(direct: &Slot, ring: &Slot, spin: &Spin, lines: u32, soon: impl Fn(u32)) {
+pub fn expect_payload(direct: &Slot, ring: &Slot, spin: &Spin, number: u32, soon: impl Fn(u32)) {
     if spin.looks() == 0 {
         return;
     }
-    (0..looks_left_out(lines)).for_each(|_| pause());
-    for look in 0..spin.looks() {
-        soon(0);
-        if direct.has_request() {
-            return soon(lines - 1);
+    if number <= SCRATCH_LINES {
+        (0..looks_left_out(number)).for_each(|_| pause());
+        for look in 0..spin.looks() {
+            soon(0);
+            if direct.has_request() {
+                return soon(number.saturating_sub(1));
+            }
+            if look % OTHER_EVERY == 0 && ring.has_request() {
+                return;
+            }
+            pause();
         }
-        if look % OTHER_EVERY == 0 && ring.has_request() {
-            return;
-        }
-        pause();
     }
+    if spin.policy != Policy::Spin {
+        let most = copies(layout::payload_bytes(number));
+        spin.spin_on(most, || direct.has_request() || ring.has_request(), || true);
+    }
+}
+
+/// How much longer than [`SPIN_MAX`] to spin for a payload of so many bytes. Twice what copies out and in take here; no more than a few wake-ups, which are little beside
+/// copies of more.
+fn copies(bytes: u64) -> Duration {
+    Duration::from_nanos(bytes.saturating_mul(COPY_NANOS_IN_KIB) / 1024).min(COPIES_MAX)
 }
 
 /// How many looks a worker leaves out after a call with so many lines of payload: a copy out and in of 1 KiB takes about as long as a look. Bounded, because the next call may be another.
@@ -446,7 +475,7 @@ fn wait_request_slow(
         }
     };
     if spin.looks() != 0 {
-        spin.spin_on(|| direct.has_request() || ring.has_request(), || true);
+        spin.spin_on(SPIN_MAX, || direct.has_request() || ring.has_request(), || true);
     }
     let spun = found();
     spin.count(spun.is_none());
@@ -590,6 +619,17 @@ mod tests {
     }
 
     #[test]
+    fn a_payload_lengthens_the_spin_up_to_a_bound_and_misses_shorten_it() {
+        let of = |kib: u64| copies(kib << 10).as_nanos();
+        assert_eq!([0, 64, 1024, 2048, 1 << 20].map(of), [0, 6_400, 102_400, 200_000, 200_000]);
+        let spin = Spin::new(Policy::Adaptive);
+        assert_eq!(spin.budget(SPIN_MAX + copies(1 << 20)).as_nanos(), 152_400);
+        spin.missed(1, false);
+        assert_eq!(spin.budget(SPIN_MAX + copies(1 << 20)).as_nanos(), 76_200);
+        assert_eq!(Spin::new(Policy::Park).budget(copies(1 << 20)), Duration::ZERO);
+    }
+
+    #[test]
     fn the_more_was_lent_the_more_looks_are_left_out_up_to_a_bound() {
         let left_out = [1, 4, 8, 16, 64, 1024, u32::from(u16::MAX)].map(looks_left_out);
         assert_eq!(left_out, [2, 2, 3, 3, 6, 16, 16]);
@@ -661,28 +701,32 @@ mod tests {
     #[test]
     fn missing_spins_shrink_and_paying_ones_grow_back() {
         let spin = Spin::new(Policy::Adaptive);
-        assert_eq!(spin.budget(), SPIN_MAX);
+        assert_eq!(spin.budget(SPIN_MAX), SPIN_MAX);
         let budgets: Vec<_> = (1..=15)
             .map(|call| {
                 spin.missed(call, false);
-                spin.budget()
+                spin.budget(SPIN_MAX)
             })
             .collect();
         assert_eq!(budgets[0], SPIN_MAX / 2);
         assert!(budgets.windows(2).all(|w| w[1] <= w[0]));
         assert_eq!(budgets[14], SPIN_MAX / 128);
         spin.missed(16, false);
-        assert_eq!(spin.budget(), SPIN_MAX, "the sixteenth miss is followed by a try of the full time");
+        assert_eq!(
+            spin.budget(SPIN_MAX),
+            SPIN_MAX,
+            "the sixteenth miss is followed by a try of the full time"
+        );
         spin.missed(17, false);
-        assert!(spin.budget() < SPIN_MAX / 100);
-        spin.spin_on(|| true, || true);
-        assert_eq!(spin.budget(), SPIN_MAX, "a spin that hits");
+        assert!(spin.budget(SPIN_MAX) < SPIN_MAX / 100);
+        spin.spin_on(SPIN_MAX, || true, || true);
+        assert_eq!(spin.budget(SPIN_MAX), SPIN_MAX, "a spin that hits");
         spin.missed(18, false);
         spin.missed(40, false);
-        assert_eq!(spin.budget(), SPIN_MAX, "a miss after many calls without one");
+        assert_eq!(spin.budget(SPIN_MAX), SPIN_MAX, "a miss after many calls without one");
         spin.missed(41, true);
-        assert_eq!((spin.budget(), spin.looks()), (Duration::ZERO, 0), "both on one CPU");
+        assert_eq!((spin.budget(SPIN_MAX), spin.looks()), (Duration::ZERO, 0), "both on one CPU");
         spin.missed(42, false);
-        assert_eq!((spin.budget(), spin.looks()), (SPIN_MAX / 2, LOOKS));
+        assert_eq!((spin.budget(SPIN_MAX), spin.looks()), (SPIN_MAX / 2, LOOKS));
     }
 }

@@ -146,12 +146,12 @@ impl Session<'_> {
     #[inline(never)]
     fn invoke_other(&mut self, function: u32, slot: &Slot, payload: Option<(&Slot, &Spin)>) -> bool {
         let Some(callable) = self.functions.get((function - FUNCTIONS_BASE) as usize) else { return false };
-        let (_, lines) = slot.function();
+        let (_, number) = slot.function();
         callable.invoke(slot, &mut self.blocks);
-        let Some((ring, spin)) = payload.filter(|_| lines != 0) else { return false };
+        let Some((ring, spin)) = payload.filter(|_| number != 0) else { return false };
         wait::reply(slot);
         if !self.stream.is_on() {
-            wait::expect_payload(slot, ring, spin, lines, |line| self.region.scratch_soon(line));
+            wait::expect_payload(slot, ring, spin, number, |line| self.region.scratch_soon(line));
         }
         true
     }
