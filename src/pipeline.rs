@@ -1,6 +1,6 @@
 //! `Pipeline`: calls to one function in a row, sent without waiting for each other's results.
 //!
-//! A pipeline is one thread's half of the session's stream (see [`hotcell_channel::stream`]): a call is one record out, its reply one record back, in the order in which they
+//! A pipeline is one thread's half of the session's stream (see [`hotcell_channel::stream`]): a call is one record out and one reply back, in the order in which they
 //! were sent. Nothing is claimed or given back a call; positions are plain numbers here.
 //!
 //! **Law.** At most [`PIPELINE_DEPTH`] calls are without a received reply, so a record that is written is one that the worker is done with. What a reply holds is a number from an
@@ -11,7 +11,7 @@ use crate::error::{CallError, FunctionName};
 use crate::monitor::lock;
 use crate::session::{Block, RemotePtr, SessionInner};
 use hotcell_channel::session::{OK, STREAM, STREAM_END};
-use hotcell_channel::stream::{self, Barrier, IN_FLIGHT_MAX, RECORD_WORDS, Record, Stream};
+use hotcell_channel::stream::{self, Barrier, IN_FLIGHT_MAX, RECORD_WORDS, Record, Reply, Stream, Width};
 use hotcell_channel::wait::{Spin, Waited};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -24,13 +24,23 @@ pub const PIPELINE_DEPTH: u64 = IN_FLIGHT_MAX;
 /// The stream's books in the host.
 #[derive(Debug, Default)]
 pub(crate) struct StreamBooks {
-    /// Positions that were sent and received. Written by the pipeline only; read when somebody else has to know what is in flight.
-    sent: AtomicU64,
-    received: AtomicU64,
+    positions: Positions,
     /// The function of all that is in flight.
     label: AtomicU32,
     owner: Mutex<Owner>,
     given_back: Condvar,
+}
+
+/// The position of the next call, and of the next reply. Private: nothing that is shared decides where we write. Written by whoever has the stream; read by others who have to know what is
+/// in flight.
+///
+/// They stand in one cache line, and nowhere else, because stores are what a row of calls costs: those to a request wait for its line, and the processor keeps only a few lines waiting at a time,
+/// in the order of the program. Each other line that is written between two requests takes one of these places.
+#[derive(Debug, Default)]
+#[repr(align(16))]
+struct Positions {
+    sent: AtomicU64,
+    received: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -41,12 +51,26 @@ struct Owner {
     committed: bool,
     /// Where the last pipeline's end is in the stream, if nobody has seen yet that the worker has come to it.
     end: Option<u64>,
+    /// The last pipeline's.
+    width: Option<Width>,
 }
 
 impl StreamBooks {
     /// How many requests were sent.
+    #[inline(always)]
     pub(crate) fn sent(&self) -> u64 {
-        self.sent.load(Acquire)
+        self.positions.sent.load(Acquire)
+    }
+
+    /// How many replies were received.
+    #[inline(always)]
+    fn received(&self) -> u64 {
+        self.positions.received.load(Acquire)
+    }
+
+    #[inline(always)]
+    fn set_received(&self, received: u64) {
+        self.positions.received.store(received, Release);
     }
 }
 
@@ -63,7 +87,7 @@ impl SessionInner {
         if sent == 0 || self.region.stream().has_reply(sent - 1) {
             return u64::MAX;
         }
-        self.stream.received.load(Acquire)
+        self.stream.received()
     }
 
     /// For a dead worker: the function that was running out of the stream.
@@ -121,10 +145,10 @@ impl SessionInner {
     }
 }
 
-/// A record of the stream, with its session.
+/// A reply of the stream, with its session.
 #[derive(Debug)]
-pub struct StreamRecord<'s> {
-    record: &'s Record,
+pub struct StreamReply<'s> {
+    reply: &'s Reply,
     session: &'s SessionInner,
 }
 
@@ -150,8 +174,8 @@ pub trait WordParam: Param + Sealed {}
 pub trait WordReturned: Returned + Sealed {
     #[doc(hidden)]
     #[inline(always)]
-    fn value(record: &StreamRecord<'_>) -> Self::Output {
-        Self::from_word(record.record.word(0), record.session)
+    fn value(reply: &StreamReply<'_>) -> Self::Output {
+        Self::from_word(reply.reply.word(), reply.session)
     }
 }
 
@@ -173,22 +197,25 @@ impl WordParam for Option<Block> {}
 impl<R> Sealed for WithErrno<R> {}
 impl<R: WordReturned> WordReturned for WithErrno<R> {
     #[inline(always)]
-    #[allow(clippy::cast_possible_truncation)]
-    fn value(record: &StreamRecord<'_>) -> Self::Output {
-        (R::value(record), Errno((record.record.word(2) as u32).cast_signed()))
+    fn value(reply: &StreamReply<'_>) -> Self::Output {
+        (R::value(reply), Errno(reply.reply.errno()))
     }
 }
 
 /// A function type that a [`Pipeline`] can call: `fn(A, B) -> R` with up to seven arguments, each a [`WordParam`], and `R` a [`WordReturned`].
 pub trait Pipelined: FunctionType + Sealed {
+    /// Writes the words to the record that `record` gives, which is called when all of them are known.
     #[doc(hidden)]
-    fn encode_words(
+    fn encode_words<'r>(
         values: Self::Values<'_>,
-        record: &StreamRecord<'_>,
+        session: &SessionInner,
         name: &FunctionName,
+        record: impl FnOnce() -> Record<'r>,
     ) -> Result<(), CallError>;
     #[doc(hidden)]
-    fn decode_word(record: &StreamRecord<'_>) -> Self::Output;
+    const WIDTH: Width;
+    #[doc(hidden)]
+    fn decode_word(reply: &StreamReply<'_>) -> Self::Output;
 }
 
 impl<F: Pipelined> Function<F> {
@@ -198,7 +225,7 @@ impl<F: Pipelined> Function<F> {
     /// The first pipeline of a process registers it with the kernel for `membarrier`, which may take some milliseconds.
     ///
     /// # Errors
-    /// [`CallError::PipelineUnsupported`] in a session with a memory limit of its own, [`CallError::PipelineTaken`] if another one is in use for so long, [`CallError::NoRoom`] if there is no memory for the stream (32 KiB), and those of any call:
+    /// [`CallError::PipelineUnsupported`] in a session with a memory limit of its own, [`CallError::PipelineTaken`] if another one is in use for so long, [`CallError::NoRoom`] if there is no memory for the stream (20 KiB), and those of any call:
     /// what the last pipeline has left in flight is waited for, within one timeout for all of it.
     pub fn pipeline(&self) -> Result<Pipeline<F>, CallError> {
         let function = self.clone();
@@ -214,15 +241,7 @@ impl<F: Pipelined> Function<F> {
         take(session, function.target.timeout, &function.target.name)?;
         // From here on dropping the pipeline gives the stream back.
         let spin = Spin::new(session.options.wait_policy());
-        let position = session.stream.sent();
-        let mut pipeline = Pipeline {
-            function,
-            barrier: Barrier::Fence,
-            sent: position,
-            received: position,
-            spin,
-            on: false,
-        };
+        let mut pipeline = Pipeline { function, barrier: Barrier::Fence, spin, on: false };
         pipeline.start()?;
         Ok(pipeline)
     }
@@ -287,9 +306,6 @@ fn take(session: &SessionInner, timeout: Duration, name: &FunctionName) -> Resul
 pub struct Pipeline<F: Pipelined> {
     function: Function<F>,
     barrier: Barrier,
-    /// The position of the next call, and of the next reply. Private: nothing that is shared decides where we write.
-    sent: u64,
-    received: u64,
     spin: Spin,
     /// The worker listens.
     on: bool,
@@ -299,9 +315,9 @@ impl<F: Pipelined> Pipeline<F> {
     fn start(&mut self) -> Result<(), CallError> {
         let (session, function) = (&*self.function.session, &self.function);
         let name = || FunctionName::clone(&function.target.name);
-        let (committed, end) = {
+        let (committed, end, width) = {
             let owner = lock(&session.stream.owner);
-            (owner.committed, owner.end)
+            (owner.committed, owner.end, owner.width)
         };
         if !committed {
             session
@@ -322,9 +338,14 @@ impl<F: Pipelined> Pipeline<F> {
             }
             lock(&session.stream.owner).end = None;
         }
-        session.stream.received.store(self.sent, Release);
+        let position = session.stream.sent();
+        session.stream.set_received(position);
+        if width.is_some_and(|width| width != F::WIDTH) {
+            session.region.stream().forget_requests(position, F::WIDTH);
+        }
+        lock(&session.stream.owner).width = Some(F::WIDTH);
         session.stream.label.store(function.target.label, Relaxed);
-        match session.fixed(STREAM, &[self.sent, Barrier::available() as u64], "pipeline")? {
+        match session.fixed(STREAM, &[position, Barrier::available() as u64, F::WIDTH as u64], "pipeline")? {
             [OK, barrier] => self.barrier = Barrier::from_word(barrier),
             _ => return Err(session.wrong_answer(&session.own_name("pipeline"))),
         }
@@ -340,13 +361,16 @@ impl<F: Pipelined> Pipeline<F> {
     /// How many calls were sent and not received; at most [`PIPELINE_DEPTH`].
     #[inline]
     pub fn in_flight(&self) -> u64 {
-        self.sent - self.received
+        let stream = &self.function.session.stream;
+        stream.sent() - stream.received()
     }
 
     /// Whether [`Pipeline::receive`] would return a result at once. The worker may finish the call at any moment.
     pub fn is_ready(&self) -> bool {
         let session = &self.function.session;
-        self.in_flight() != 0 && !session.is_forked() && session.region.stream().has_reply(self.received)
+        self.in_flight() != 0
+            && !session.is_forked()
+            && session.region.stream().has_reply(session.stream.received())
     }
 
     /// Hands a call to the worker, its arguments as a tuple: what `send` does, for generic code.
@@ -361,15 +385,17 @@ impl<F: Pipelined> Pipeline<F> {
         if !session.is_open() {
             session.refuse(&|| FunctionName::clone(&function.target.name))?;
         }
-        let position = self.sent;
-        if position - self.received >= PIPELINE_DEPTH {
+        let position = session.stream.sent();
+        if position - session.stream.received() >= PIPELINE_DEPTH {
             return Err(full());
         }
         let stream = session.region.stream();
-        let record = StreamRecord { record: stream.request(position), session };
-        F::encode_words(values, &record, &function.target.name)?;
-        send(session, stream, position, function.target.index, self.barrier);
-        self.sent = position + 1;
+        F::encode_words(values, session, &function.target.name, || {
+            // Before it is out, so that what the worker has taken was sent; and before its words, so that all stores to the request come one after the other.
+            session.stream.positions.sent.store(position + 1, Release);
+            stream.request(position, F::WIDTH)
+        })?;
+        publish::<F>(session, stream, position, function.target.index, self.barrier);
         Ok(())
     }
 
@@ -380,11 +406,11 @@ impl<F: Pipelined> Pipeline<F> {
     /// came before the death are given, then the error of the call that was running, then those of calls that did not run.
     #[inline(always)]
     pub fn receive(&mut self) -> Result<Option<F::Output>, CallError> {
-        let position = self.received;
-        if position == self.sent {
+        let session = &*self.function.session;
+        let position = session.stream.received();
+        if position == session.stream.sent() {
             return Ok(None);
         }
-        let session = &*self.function.session;
         if session.is_forked() {
             return Err(CallError::Forked);
         }
@@ -392,26 +418,22 @@ impl<F: Pipelined> Pipeline<F> {
         if !stream.has_reply(position) {
             self.wait()?;
         }
-        let session = &*self.function.session;
-        let record = StreamRecord { record: stream_of(session).reply(position), session };
-        let output = F::decode_word(&record);
-        self.received = position + 1;
-        session.stream.received.store(position + 1, Release);
+        let output = F::decode_word(&StreamReply { reply: stream.reply(position), session });
+        session.stream.set_received(position + 1);
         Ok(Some(output))
     }
 
     #[inline(never)]
-    fn wait(&mut self) -> Result<(), CallError> {
+    fn wait(&self) -> Result<(), CallError> {
         let (session, function) = (&*self.function.session, &self.function);
-        let (position, others) = (self.received, self.sent - self.received);
+        let (position, others) = (session.stream.received(), self.in_flight());
         match session.stream_wait(position, others, self.barrier, &self.spin, function.target.timeout) {
             Waited::Replied => Ok(()),
             waited => {
                 let error =
                     session.stream_lost(waited, position, &function.target.name, function.target.timeout);
                 // This call has its outcome; the next one is the next.
-                self.received = position + 1;
-                session.stream.received.store(position + 1, Release);
+                session.stream.set_received(position + 1);
                 Err(error)
             }
         }
@@ -430,17 +452,16 @@ impl<F: Pipelined> Pipeline<F> {
     }
 }
 
+/// Publishes the request at `position`, which is written and counted as sent.
 #[inline(always)]
-fn stream_of(session: &SessionInner) -> &Stream {
-    session.region.stream()
-}
-
-/// Publishes the record at `position`, which is written.
-#[inline(always)]
-fn send(session: &SessionInner, stream: &Stream, position: u64, function: u32, barrier: Barrier) {
-    // Before it is out, so that what the worker has taken was sent.
-    session.stream.sent.store(position + 1, Release);
-    stream.publish(position, function);
+fn publish<F: Pipelined>(
+    session: &SessionInner,
+    stream: &Stream,
+    position: u64,
+    function: u32,
+    barrier: Barrier,
+) {
+    stream.publish(position, F::WIDTH, function);
     session.region.sleepers().wake_worker(barrier, session.region.bell());
 }
 
@@ -463,8 +484,10 @@ impl<F: Pipelined> Drop for Pipeline<F> {
         let mut owner = lock(&session.stream.owner);
         if self.on && session.is_alive() {
             // There is room: one record more than calls can be in flight. The worker stops listening when it comes there.
-            owner.end = Some(self.sent);
-            send(session, session.region.stream(), self.sent, STREAM_END, self.barrier);
+            let position = session.stream.sent();
+            owner.end = Some(position);
+            session.stream.positions.sent.store(position + 1, Release);
+            publish::<F>(session, session.region.stream(), position, STREAM_END, self.barrier);
         }
         owner.taken = None;
         session.stream.given_back.notify_one();
@@ -522,23 +545,24 @@ macro_rules! arities {
     ($($count:literal: $($P:ident $p:ident $i:tt),*;)+) => {$(
         impl<R: WordReturned, $($P: WordParam),*> Sealed for fn($($P),*) -> R {}
         impl<R: WordReturned, $($P: WordParam),*> Pipelined for fn($($P),*) -> R {
+            const WIDTH: Width = Width::of($count);
             #[inline(always)]
             #[allow(unused_variables)]
-            fn encode_words(
+            fn encode_words<'r>(
                 values: Self::Values<'_>,
-                record: &StreamRecord<'_>,
+                session: &SessionInner,
                 name: &FunctionName,
+                record: impl FnOnce() -> Record<'r>,
             ) -> Result<(), CallError> {
-                $(record.record.set_word(
-                    const { word_index(<Self as FunctionType>::TYPES, $i) },
-                    <$P as Param>::word(&values.$i, record.session).ok_or_else(|| foreign(name))?,
-                );)*
+                $(let $p = <$P as Param>::word(&values.$i, session).ok_or_else(|| foreign(name))?;)*
+                let record = record();
+                $(record.set_word(const { word_index(<Self as FunctionType>::TYPES, $i) }, $p);)*
                 Ok(())
             }
 
             #[inline(always)]
-            fn decode_word(record: &StreamRecord<'_>) -> Self::Output {
-                R::value(record)
+            fn decode_word(reply: &StreamReply<'_>) -> Self::Output {
+                R::value(reply)
             }
         }
 

@@ -63,6 +63,7 @@ double seven(int8_t a, double b, uint16_t c, float d, int64_t e, double f, uint3
 int64_t stack(int64_t a, int64_t b, int64_t c, int64_t d, int64_t e, int64_t f, int8_t g) {
   return a + 2 * b + 3 * c + 4 * d + 5 * e + 6 * f + 7 * g;
 }
+uint64_t fourth(uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e, uint64_t f) { return d; }
 int fail_with(int code) { errno = code; return -1; }
 const uint8_t *same(const uint8_t *p) { return p; }
 uint64_t sum(const uint8_t *bytes, uint64_t count) {
@@ -235,6 +236,41 @@ fn every_type_of_one_word_goes_through() {
     sum.send(None, 100).unwrap();
     sum.send(Some(&block), 50).unwrap();
     assert_eq!((sum.receive().unwrap(), sum.receive().unwrap()), (Some(0), Some(150)));
+}
+
+/// Requests of more than three words take a line, others half of one. What the wide ones leave in the middle of their lines is where heads of narrow ones are to come.
+#[test]
+fn an_argument_is_never_taken_for_a_call_when_widths_change() {
+    let _watchdog = watchdog(120);
+    type Wide = fn(u64, u64, u64, u64, u64, u64) -> u64;
+    let module = module();
+    let wide = module.function::<Wide>("fourth").unwrap();
+    let narrow = module.function::<Two>("mix").unwrap();
+    // Both sides count the session's requests: its calls, and one end for each pipeline.
+    let mut position = 0;
+    for round in 0..4 {
+        let calls = 256 + 10 * round;
+        // The head of a narrow request is the low half of the number behind its own; in its place a wide one has its fourth argument.
+        let end = position + calls + 1;
+        let turn = |call: u64| {
+            let behind = (2 * ((position + call) % 256) + 1).wrapping_sub(end) % 256;
+            end + behind + 1
+        };
+        let arguments = (0..calls).map(|call| (1, 2, 3, turn(call), 5, 6));
+        let results: Result<Vec<_>, _> = wide.pipeline().unwrap().calls(arguments).collect();
+        assert_eq!(results.unwrap(), (0..calls).map(turn).collect::<Vec<_>>());
+        position = end;
+
+        // One at a time, with time for a worker that sees more than was sent.
+        let mut pipeline = narrow.pipeline().unwrap();
+        for call in 0..20 {
+            pipeline.send(round, call).unwrap();
+            assert_eq!(pipeline.receive().unwrap(), Some(mixed(round, call)));
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        drop(pipeline);
+        position += 21;
+    }
 }
 
 #[test]

@@ -8,12 +8,12 @@
 //! 384           128  Sleepers        who sleeps while the stream is in use
 //! 512           128  the direct slot
 //! 640       128 * n  the ring's slots
-//! page-aligned  32 K  the stream: two rings of records; allocated with the first pipeline
+//! page-aligned  20 K  the stream: a ring of requests, a ring of replies; allocated with the first pipeline
 //! page-aligned    …  arena: payload blocks; its first SCRATCH_BYTES belong to the direct slot
 //! ```
 
 use crate::slot::{Doorbell, Progress, Slot};
-use crate::stream::{RECORDS, Record, Sleepers, Stream};
+use crate::stream::{RECORDS, Reply, Sleepers, Stream};
 
 /// First eight bytes of every hello and of every session header.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"hotcell\0");
@@ -126,7 +126,8 @@ pub const LAYOUT_HASH: u64 = {
         size_of::<Progress>() as u64,
         size_of::<Doorbell>() as u64,
         size_of::<Sleepers>() as u64,
-        size_of::<Record>() as u64,
+        size_of::<Stream>() as u64,
+        size_of::<Reply>() as u64,
         RECORDS as u64,
         PROGRESS_OFFSET,
         DOORBELL_OFFSET,

@@ -1,21 +1,28 @@
-//! The stream: two rings of records for calls in a row, requests one way and replies the other. For the host's pipelines.
+//! The stream: two rings for calls in a row, requests one way and replies the other. For the host's pipelines.
 //!
 //! A slot's state word goes back and forth, so each call through it waits for a cache line twice. In the stream each line goes one way: the host fills requests, the worker
 //! fills replies, and neither looks at a line before it has to. That is what makes a call in a row cheaper than a call by itself.
 //!
+//! **Records are small**: four replies share a cache line, and so do two requests of up to three words, because stores are what limits a row of calls. A processor makes its stores
+//! visible in the order of the program, and has but a few of them under way to lines that are elsewhere. Those that follow a record (a side's own counts, the call's own work) wait until the
+//! record's line has come from the other side's cache. One such wait for several calls leaves room for that; one a call does not. For the same reason each side writes as little
+//! else as it can in between.
+//!
 //! ```text
-//! host                                  requests (256 records)                         worker, session's thread
-//! words of call p, then its head ─────► record p % 256: head | 7 words ───────────────► head is that of p: copy words, call
-//!                                       replies (256 records)
-//! head is that of p: copy result ◄───── record p % 256: head | 7 words ◄─────────────── words of the result, then the head
+//! host                                  requests (256 of a line, or half a line)       worker, session's thread
+//! words of call p, then its head ─────► request p % 256: head | 7 words, or 3 ────────► head is that of p: copy words, call
+//!                                       replies (256 of a quarter line)
+//! head is that of p: copy result ◄───── reply p % 256: head | result ◄───────────────── the result, then the head
 //! ```
 //!
 //! **Law.** Each side writes only its own ring, and only a record that the other side is done with. The host has at most [`IN_FLIGHT_MAX`] calls without a reply
 //! (and one [`STREAM_END`](crate::session::STREAM_END) behind them), so request `p` is written after reply `p - 256` was read: by then the worker has read request `p - 256`,
-//! which it did before it answered, and the host has read the reply that reply `p` overwrites. Positions are private: nothing that is shared indexes anything.
+//! which it did before it answered, and the host has read the reply that reply `p` overwrites. Positions are private: nothing that is shared indexes anything. Neighbours in a line are other
+//! words, so one may be written while another is read. The width changes only while the stream is off, when the worker looks at no request; what stands in place of a head then may be an old
+//! argument, which could be any turn: [`Stream::forget_requests`].
 //!
-//! **Publishing is one plain store.** A record's head holds the low 32 bits of the call's position plus one, its *turn*, beside the function. It is stored last (release) and
-//! looked for by its one expected value (acquire), so whoever sees the turn sees the words: SYNC stream request, SYNC stream reply. What a record held before is the turn of the
+//! **Publishing is one plain store.** A head holds the low 32 bits of the call's position plus one, its *turn*, beside the function in a request and `errno` in a reply. It is stored last (release) and
+//! looked for by its one expected turn (acquire), so whoever sees the turn sees the words: SYNC stream request, SYNC stream reply. What stood there before is the turn of the
 //! position 256 earlier, or 0: never the expected one.
 //!
 //! **The sleeper pays.** The slot's way to wake a sleeper, one exchange that publishes and sees a bit, costs the publisher 5 to 10 ns, because it waits for all its earlier stores; that
@@ -59,19 +66,21 @@ use loom::sync::atomic::fence;
 #[cfg(not(loom))]
 use std::sync::atomic::fence;
 
-/// Records in each of the two rings. (The model check makes do with two.)
+/// Requests and replies in the two rings. (The model check makes do with two.)
 pub const RECORDS: usize = if cfg!(loom) { 2 } else { 256 };
-/// Payload words of a record.
+/// Most payload words of a request.
 pub const RECORD_WORDS: usize = 7;
+/// Words of a cache line.
+const LINE_WORDS: usize = RECORD_WORDS + 1;
 /// Most calls without a reply: one record is kept for the stream's end.
 pub const IN_FLIGHT_MAX: u64 = RECORDS as u64 - 1;
 /// Longest sleep of a side whose `membarrier` fails although it did not when the stream was switched on.
 pub const UNSURE_SLICE: Duration = Duration::from_millis(1);
-/// The part of a head that is the turn; the function is above it.
+/// The part of a head that is the turn; the function or `errno` is above it.
 const TURN_MASK: u64 = u32::MAX as u64;
 /// Records that the worker serves in a row before it looks at the other lanes.
 pub const BATCH: u32 = 16;
-/// How far ahead the next records are asked for.
+/// How far ahead the host asks for the next request's line.
 const AHEAD: u64 = 4;
 
 /// Who makes the publisher's barrier.
@@ -121,35 +130,82 @@ impl Barrier {
     }
 }
 
-/// One call, or one reply: a cache line.
-#[repr(C, align(64))]
-#[derive(Debug)]
-pub struct Record {
-    head: AtomicU64,
-    words: [AtomicU64; RECORD_WORDS],
+/// How large the requests of a pipeline are: as its function needs. Agreed on when the stream is switched on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Width {
+    /// Up to three words: two requests share a cache line.
+    Narrow = 3,
+    /// Up to seven words: a cache line each.
+    Wide = RECORD_WORDS as u64,
 }
 
-impl Record {
-    fn new() -> Self {
-        Self { head: AtomicU64::new(0), words: std::array::from_fn(|_| AtomicU64::new(0)) }
+impl Width {
+    /// What requests with so many words need.
+    pub const fn of(words: usize) -> Self {
+        if words <= Width::Narrow.words() { Width::Narrow } else { Width::Wide }
     }
 
+    /// The width that a word stands for: [`Width::Wide`] for anything unknown.
+    pub fn from_word(word: u64) -> Self {
+        if word == Width::Narrow as u64 { Width::Narrow } else { Width::Wide }
+    }
+
+    /// Payload words of a request.
+    #[inline(always)]
+    pub const fn words(self) -> usize {
+        self as usize
+    }
+}
+
+/// One request: its head, and as many words as its width says.
+#[derive(Clone, Copy, Debug)]
+pub struct Record<'s> {
+    head: &'s AtomicU64,
+    words: &'s [AtomicU64],
+}
+
+impl Record<'_> {
     /// Stores one word, before the record is published.
     ///
     /// # Panics
-    /// If `index` is not below [`RECORD_WORDS`].
+    /// If `index` is not below the width's words.
     #[inline(always)]
     pub fn set_word(&self, index: usize, word: u64) {
         self.words[index].store(word, Relaxed);
     }
 
-    /// Loads one word. Meaningful after the turn was acquired; the other side may be lying.
-    ///
-    /// # Panics
-    /// If `index` is not below [`RECORD_WORDS`].
+    /// Loads one word; 0 beyond the width. Meaningful after the turn was acquired; the other side may be lying.
     #[inline(always)]
     pub fn word(&self, index: usize) -> u64 {
-        self.words[index].load(Relaxed)
+        self.words.get(index).map_or(0, |word| word.load(Relaxed))
+    }
+}
+
+/// One reply: a quarter of a cache line.
+#[repr(C, align(16))]
+#[derive(Debug)]
+pub struct Reply {
+    head: AtomicU64,
+    word: AtomicU64,
+}
+
+impl Reply {
+    fn new() -> Self {
+        Self { head: AtomicU64::new(0), word: AtomicU64::new(0) }
+    }
+
+    /// The result. Meaningful after the turn was acquired; the worker may be lying.
+    #[inline(always)]
+    pub fn word(&self) -> u64 {
+        self.word.load(Relaxed)
+    }
+
+    /// `errno`, if the function's is wanted. Meaningful after the turn was acquired; the worker may be lying.
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation)]
+    pub fn errno(&self) -> i32 {
+        ((self.head.load(Relaxed) >> 32) as u32).cast_signed()
     }
 }
 
@@ -163,15 +219,16 @@ const fn turn(position: u64) -> u64 {
 #[repr(C)]
 #[derive(Debug)]
 pub struct Stream {
-    requests: [Record; RECORDS],
-    replies: [Record; RECORDS],
+    /// A head and its words, one request after the other.
+    requests: [AtomicU64; RECORDS * LINE_WORDS],
+    replies: [Reply; RECORDS],
 }
 
 impl Default for Stream {
     fn default() -> Self {
         Self {
-            requests: std::array::from_fn(|_| Record::new()),
-            replies: std::array::from_fn(|_| Record::new()),
+            requests: std::array::from_fn(|_| AtomicU64::new(0)),
+            replies: std::array::from_fn(|_| Reply::new()),
         }
     }
 }
@@ -185,48 +242,63 @@ const fn index(position: u64) -> usize {
 impl Stream {
     /// The record in which call `position` goes out.
     #[inline(always)]
-    pub fn request(&self, position: u64) -> &Record {
-        &self.requests[index(position)]
+    pub fn request(&self, position: u64, width: Width) -> Record<'_> {
+        let bytes = width.words() + 1;
+        let at = index(position) * bytes;
+        let record = &self.requests[at..at + bytes];
+        Record { head: &record[0], words: &record[1..] }
     }
 
-    /// The record in which the reply to call `position` comes back.
+    /// Host, before it switches the stream on with another width than the last: no head looks like a call at or behind `position` then, whatever word stood there.
+    pub fn forget_requests(&self, position: u64, width: Width) {
+        for earlier in 0..RECORDS as u64 {
+            let before = turn(position.wrapping_add(earlier).wrapping_sub(RECORDS as u64));
+            self.request(position.wrapping_add(earlier), width).head.store(before, Relaxed);
+        }
+    }
+
+    /// Where the reply to call `position` comes back.
     #[inline(always)]
-    pub fn reply(&self, position: u64) -> &Record {
+    pub fn reply(&self, position: u64) -> &Reply {
         &self.replies[index(position)]
     }
 
     /// Host: hands call `position` over. The words are in its record. The worker may be asleep: see [`Sleepers::wake_worker`].
     #[inline(always)]
-    pub fn publish(&self, position: u64, function: u32) {
+    pub fn publish(&self, position: u64, width: Width, function: u32) {
         let head = turn(position) | u64::from(function) << 32;
-        self.request(position).head.store(head, Release); // SYNC stream request
-        prefetch_for_write(self.request(position.wrapping_add(AHEAD)));
+        self.request(position, width).head.store(head, Release); // SYNC stream request
+        // The store into that line does not wait for it then.
+        #[cfg(not(loom))]
+        crate::sys::prefetch_for_write(self.request(position.wrapping_add(AHEAD), width).head);
     }
 
     /// Worker: the function of call `position`, if it is there.
     #[inline(always)]
-    pub fn requested(&self, position: u64) -> Option<u32> {
-        let head = self.request(position).head.load(Acquire); // SYNC stream request
+    pub fn requested(&self, position: u64, width: Width) -> Option<u32> {
+        let head = self.request(position, width).head.load(Acquire); // SYNC stream request
         #[allow(clippy::cast_possible_truncation)]
         (head & TURN_MASK == turn(position)).then_some((head >> 32) as u32)
     }
 
-    /// Worker: hands the reply to call `position` over. The words are in its record. The host may be asleep: see [`Sleepers::wake_host`].
+    /// Worker: hands the reply to call `position` over. The host may be asleep: see [`Sleepers::wake_host`].
     #[inline(always)]
-    pub fn answer(&self, position: u64) {
-        self.reply(position).head.store(turn(position), Release); // SYNC stream reply
-        prefetch_for_write(self.reply(position.wrapping_add(AHEAD)));
+    pub fn answer(&self, position: u64, word: u64, errno: i32) {
+        let reply = self.reply(position);
+        reply.word.store(word, Relaxed);
+        let head = turn(position) | u64::from(errno.cast_unsigned()) << 32;
+        reply.head.store(head, Release); // SYNC stream reply
     }
 
     /// Host: whether the reply to call `position` is there.
     #[inline(always)]
     pub fn has_reply(&self, position: u64) -> bool {
-        self.reply(position).head.load(Acquire) == turn(position) // SYNC stream reply
+        self.reply(position).head.load(Acquire) & TURN_MASK == turn(position) // SYNC stream reply
     }
 
-    /// Host: what stands in place of the reply to call `position`, if that is neither the reply nor what was there before it.
+    /// Host: the turn that stands in place of the reply to call `position`, if that is neither the reply's nor what was there before it.
     pub fn foreign_reply(&self, position: u64) -> Option<u64> {
-        let head = self.reply(position).head.load(Acquire);
+        let head = self.reply(position).head.load(Acquire) & TURN_MASK;
         let before = match position.checked_sub(RECORDS as u64) {
             Some(earlier) => turn(earlier),
             None => 0,
@@ -239,13 +311,6 @@ impl Stream {
     pub fn forge_reply(&self, position: u64, head: u64) {
         self.reply(position).head.store(head, Release);
     }
-}
-
-/// Asks for a line that is about to be written: the store does not wait for it then.
-#[inline(always)]
-fn prefetch_for_write(_record: &Record) {
-    #[cfg(not(loom))]
-    crate::sys::prefetch_for_write(_record);
 }
 
 /// Who sleeps: one line for each side, written by the sleeper, and by the publisher that wakes it.
@@ -410,6 +475,8 @@ pub struct Lanes<'a> {
     pub stream: &'a Stream,
     /// Its next position.
     pub position: u64,
+    /// Its requests' width.
+    pub width: Width,
     /// Who sleeps.
     pub sleepers: &'a Sleepers,
     /// Who makes the publisher's barrier.
@@ -422,7 +489,7 @@ impl Lanes<'_> {
         match which {
             Lane::Direct => self.direct.has_request(),
             Lane::Ring => self.ring.has_request(),
-            Lane::Stream => self.stream.requested(self.position).is_some(),
+            Lane::Stream => self.stream.requested(self.position, self.width).is_some(),
         }
     }
 
@@ -513,16 +580,90 @@ fn wait_request_slow(
 #[cfg(not(loom))]
 const _: () = {
     assert!(RECORDS.is_power_of_two() && RECORDS > 2 * BATCH as usize);
-    assert!(size_of::<Record>() == 64 && std::mem::offset_of!(Record, words) == 8);
-    assert!(size_of::<Stream>() == 32 * 1024);
+    assert!(size_of::<Reply>() == 16 && std::mem::offset_of!(Reply, word) == 8);
+    assert!(size_of::<Stream>() == 20 * 1024);
     assert!(std::mem::offset_of!(Stream, replies) == 16 * 1024);
     assert!(size_of::<Sleepers>() == 128 && std::mem::offset_of!(Sleepers, host) == 64);
 };
 
 #[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_old_argument_is_a_request_of_another_width() {
+        let stream = Stream::default();
+        for (first, last, next, lookalikes) in [
+            (1024, Width::Wide, Width::Narrow, RECORDS / 2),
+            (5120, Width::Narrow, Width::Wide, 0), // there a head stands where a head stood
+            (u64::from(u32::MAX) - 255, Width::Wide, Width::Narrow, RECORDS / 2),
+        ] {
+            let end = first + RECORDS as u64;
+            for position in first..end {
+                stream.publish(position, last, 7);
+            }
+            // The worst arguments: each is the turn of the call whose head will stand in its place.
+            for position in end..end + RECORDS as u64 {
+                let place = index(position) * (next.words() + 1);
+                let (record, word) = (place / (last.words() + 1), place % (last.words() + 1));
+                if let Some(word) = word.checked_sub(1) {
+                    stream.request(record as u64, last).set_word(word, turn(position));
+                }
+            }
+            let found =
+                || (end..end + RECORDS as u64).filter(|at| stream.requested(*at, next).is_some()).count();
+            assert_eq!(found(), lookalikes);
+            stream.forget_requests(end, next);
+            assert_eq!(found(), 0);
+            stream.publish(end, next, 8);
+            assert_eq!(stream.requested(end, next), Some(8));
+            assert_eq!(stream.requested(end + 1, next), None);
+        }
+    }
+
+    #[test]
+    fn widths_have_room_for_their_words() {
+        assert_eq!([0, 3, 4, 7].map(Width::of), [Width::Narrow, Width::Narrow, Width::Wide, Width::Wide]);
+        for width in [Width::Narrow, Width::Wide] {
+            assert_eq!(Width::from_word(width as u64), width);
+        }
+        assert_eq!(Width::from_word(u64::MAX), Width::Wide);
+        let stream = Stream::default();
+        for width in [Width::Narrow, Width::Wide] {
+            // All records of the ring at once, the words of each its own.
+            for position in 0..RECORDS as u64 {
+                let record = stream.request(position, width);
+                (0..width.words()).for_each(|at| record.set_word(at, position * 8 + at as u64));
+                stream.publish(position, width, u32::try_from(position).unwrap());
+            }
+            for position in 0..RECORDS as u64 {
+                assert_eq!(stream.requested(position, width), u32::try_from(position).ok());
+                let record = stream.request(position, width);
+                for at in 0..width.words() {
+                    assert_eq!(record.word(at), position * 8 + at as u64);
+                }
+                assert_eq!(record.word(width.words()), 0, "beyond the width");
+            }
+        }
+    }
+
+    #[test]
+    fn a_reply_carries_its_word_and_errno() {
+        let stream = Stream::default();
+        assert!(!stream.has_reply(3));
+        stream.answer(3, 99, -5);
+        assert!(stream.has_reply(3) && !stream.has_reply(2) && !stream.has_reply(4));
+        assert_eq!((stream.reply(3).word(), stream.reply(3).errno()), (99, -5));
+        assert_eq!(stream.foreign_reply(3), None);
+        stream.forge_reply(3, 77);
+        assert_eq!(stream.foreign_reply(3), Some(77));
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod wire {
     use super::*;
-    crate::wire_format::shared!(Record: head, words);
+    crate::wire_format::shared!(Reply: head, word);
     crate::wire_format::shared!(Stream: requests, replies);
     crate::wire_format::shared!(Sleepers: worker, reserved, host, reserved_tail);
 }

@@ -99,7 +99,7 @@ fn structs_in_shared_memory_lie_as_documented() {
     compare_struct::<slot::Doorbell>("Doorbell");
     compare_struct::<slot::Progress>("Progress");
     compare_struct::<stream::Sleepers>("Sleepers");
-    compare_struct::<stream::Record>("Record");
+    compare_struct::<stream::Reply>("Reply");
     compare_struct::<stream::Stream>("Stream");
     compare_struct::<region::SessionHeader>("SessionHeader");
     compare_struct::<crash::CrashPage>("CrashPage");
@@ -160,7 +160,7 @@ fn the_parts_of_a_region_lie_as_documented() {
     assert_eq!(part("the ring"), (layout::RING_OFFSET, "128 × slots".into()));
     let geometry = layout::Geometry { slots: 3, arena_bytes: layout::SCRATCH_BYTES, huge_pages: false };
     assert_eq!(geometry.stream_offset(), (640 + 128 * 3_u64).next_multiple_of(4096));
-    assert_eq!(geometry.arena_offset(), geometry.stream_offset() + 32768);
+    assert_eq!(geometry.arena_offset(), geometry.stream_offset() + 20480);
 }
 
 #[test]

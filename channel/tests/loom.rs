@@ -19,7 +19,7 @@
 mod home;
 
 use hotcell_channel::slot::{Doorbell, Progress, Slot};
-use hotcell_channel::stream::{self, Barrier, Lane, Lanes, Sleepers, Stream};
+use hotcell_channel::stream::{self, Barrier, Lane, Lanes, Sleepers, Stream, Width};
 use hotcell_channel::wait::{self, Policy, Spin, Waited, Which};
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -195,6 +195,7 @@ fn serve_stream(all: &Streaming, policy: Policy, count: u32) {
             ring: &shared.ring,
             stream: &all.stream,
             position,
+            width: Width::Wide,
             sleepers: &all.sleepers,
             barrier: Barrier::Membarrier,
         };
@@ -204,10 +205,9 @@ fn serve_stream(all: &Streaming, policy: Policy, count: u32) {
         last = lane;
         let slot = match lane {
             Lane::Stream => {
-                assert_eq!(all.stream.requested(position), Some(7));
-                let word = all.stream.request(position).word(0);
-                all.stream.reply(position).set_word(0, word + 1);
-                all.stream.answer(position);
+                assert_eq!(all.stream.requested(position, Width::Wide), Some(7));
+                let word = all.stream.request(position, Width::Wide).word(0);
+                all.stream.answer(position, word + 1, 0);
                 all.sleepers.wake_host(Barrier::Membarrier);
                 position += 1;
                 continue;
@@ -221,8 +221,8 @@ fn serve_stream(all: &Streaming, policy: Policy, count: u32) {
 }
 
 fn send(all: &Streaming, position: u64, word: u64) {
-    all.stream.request(position).set_word(0, word);
-    all.stream.publish(position, 7);
+    all.stream.request(position, Width::Wide).set_word(0, word);
+    all.stream.publish(position, Width::Wide, 7);
     all.sleepers.wake_worker(Barrier::Membarrier, &all.shared.bell);
 }
 
@@ -251,7 +251,7 @@ fn two_calls_in_a_row(host: Policy, worker: Policy) {
         for position in 0..2 {
             send(&all, position, 10 * position);
             assert_eq!(receive(&all, host, position, || true), Waited::Replied);
-            assert_eq!(all.stream.reply(position).word(0), 10 * position + 1);
+            assert_eq!(all.stream.reply(position).word(), 10 * position + 1);
         }
         thread.join().unwrap();
     });

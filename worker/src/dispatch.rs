@@ -117,12 +117,22 @@ impl Callable {
         matches!(self, Self::Other(other) if other.string)
     }
 
-    /// Calls the function with words from elsewhere, if it takes integer registers only and nothing else is to be done: the commonest kind.
+    /// What `errno` was after the call that [`Callable::invoke`] made with `slot`; 0 if it is not wanted.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(crate) fn errno_in(&self, slot: &Slot) -> i32 {
+        match self {
+            Self::Other(other) if other.errno => (slot.word(2) as u32).cast_signed(),
+            _ => 0,
+        }
+    }
+
+    /// Calls the function with words from elsewhere, if it is one of the two commonest kinds. `word` gives one for each register of its kind.
     #[inline(always)]
     pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
         match self {
             Self::Integers(function) | Self::Pointers(function) => Some(call_integers(*function, word)),
-            _ => None,
+            Self::Floats(function) => Some(call_floats(*function, word).to_bits()),
+            Self::Other(_) => None,
         }
     }
 
@@ -135,7 +145,7 @@ impl Callable {
             return true;
         }
         if let Self::Floats(function) = self {
-            slot.set_word(0, call_floats(*function, slot).to_bits());
+            slot.set_word(0, call_floats(*function, |at| slot.word(at)).to_bits());
             return true;
         }
         false
@@ -148,7 +158,9 @@ impl Callable {
             Self::Integers(function) | Self::Pointers(function) => {
                 slot.set_word(0, call_integers(*function, |at| slot.word(at)));
             }
-            Self::Floats(function) => slot.set_word(0, call_floats(*function, slot).to_bits()),
+            Self::Floats(function) => {
+                slot.set_word(0, call_floats(*function, |at| slot.word(at)).to_bits());
+            }
             Self::Other(other) => other.invoke(slot, blocks),
         }
     }
@@ -201,9 +213,9 @@ fn call_integers(function: Integers, i: impl Fn(usize) -> u64) -> u64 {
 }
 
 #[inline(always)]
-fn call_floats(function: Floats, slot: &Slot) -> f64 {
+fn call_floats(function: Floats, word: impl Fn(usize) -> u64) -> f64 {
     // An f32 lies in the low half of its word as in its register.
-    let f = |at: usize| f64::from_bits(slot.word(at));
+    let f = |at: usize| f64::from_bits(word(at));
     // SAFETY: as for `call_integers`, with eight vector registers and the result in one.
     unsafe { function(f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7)) }
 }

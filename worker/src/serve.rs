@@ -219,7 +219,7 @@ impl Session<'_> {
                 status
             }
             session::STREAM => {
-                slot.set_word(1, self.stream.switch_on(word(0), word(1)));
+                slot.set_word(1, self.stream.switch_on(word(0), word(1), word(2)));
                 session::OK
             }
             session::MEMORY => self.memory(slot),

@@ -6,7 +6,7 @@ use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
 use hotcell_channel::session::STREAM_END;
 use hotcell_channel::slot::Slot;
-use hotcell_channel::stream::{self, Barrier, Lane, Lanes, RECORD_WORDS, Record};
+use hotcell_channel::stream::{self, Barrier, Lane, Lanes, RECORD_WORDS, Record, Width};
 use hotcell_channel::wait::Spin;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
@@ -15,6 +15,7 @@ pub(crate) struct StreamLane<'r> {
     region: &'r Region,
     on: bool,
     position: u64,
+    width: Width,
     barrier: Barrier,
     /// The lane that was served last.
     last: Lane,
@@ -30,6 +31,7 @@ impl<'r> StreamLane<'r> {
             region,
             on: false,
             position: 0,
+            width: Width::Wide,
             barrier: Barrier::Fence,
             last: Lane::Direct,
             complained: false,
@@ -43,11 +45,12 @@ impl<'r> StreamLane<'r> {
     }
 
     /// Switches the stream on. `barrier` is what the host can do; gives what both will.
-    pub(crate) fn switch_on(&mut self, position: u64, barrier: u64) -> u64 {
+    pub(crate) fn switch_on(&mut self, position: u64, barrier: u64, width: u64) -> u64 {
         self.barrier = match Barrier::from_word(barrier) {
             Barrier::Membarrier => Barrier::available(),
             Barrier::Fence => Barrier::Fence,
         };
+        self.width = Width::from_word(width);
         (self.position, self.last, self.on) = (position, Lane::Direct, true);
         self.barrier as u64
     }
@@ -60,6 +63,7 @@ impl<'r> StreamLane<'r> {
             ring,
             stream: region.stream(),
             position: self.position,
+            width: self.width,
             sleepers: region.sleepers(),
             barrier: self.barrier,
         };
@@ -83,40 +87,67 @@ impl<'r> StreamLane<'r> {
         blocks: &mut Blocks,
         running: &AtomicU32,
     ) {
+        // A loop for each width, in which it is a constant.
+        match self.width {
+            Width::Narrow => self.serve_as(Width::Narrow, most, functions, blocks, running),
+            Width::Wide => self.serve_as(Width::Wide, most, functions, blocks, running),
+        }
+    }
+
+    #[inline(always)]
+    fn serve_as(
+        &mut self,
+        width: Width,
+        most: u32,
+        functions: &[Callable],
+        blocks: &mut Blocks,
+        running: &AtomicU32,
+    ) {
         let region = self.region;
         let (stream, sleepers, progress) = (region.stream(), region.sleepers(), region.progress());
-        for _ in 0..most {
-            if !self.on {
-                return;
-            }
-            let position = self.position;
-            let Some(function) = stream.requested(position) else { return };
-            progress.take_stream(position + 1);
-            running.store(function, Relaxed);
-            let (request, reply) = (stream.request(position), stream.reply(position));
-            match function.checked_sub(FUNCTIONS_BASE).and_then(|i| functions.get(i as usize)) {
-                Some(callable) => match callable.invoke_quick(|at| request.word(at)) {
-                    Some(result) => reply.set_word(0, result),
-                    None => call_in_slot(callable, request, reply, &self.slot, blocks),
-                },
-                None => self.on = function != STREAM_END,
-            }
-            self.position = position + 1;
-            stream.answer(position);
-            sleepers.wake_host(self.barrier);
+        // As few stores as can be: each to another line than the reply's makes replies wait (see [`hotcell_channel::stream`]).
+        if !self.on {
+            return;
         }
+        let mut position = self.position;
+        for _ in 0..most {
+            let Some(function) = stream.requested(position, width) else { break };
+            progress.take_stream(position + 1);
+            if running.load(Relaxed) != function {
+                running.store(function, Relaxed);
+            }
+            let request = stream.request(position, width);
+            let (word, errno) =
+                match function.checked_sub(FUNCTIONS_BASE).and_then(|i| functions.get(i as usize)) {
+                    Some(callable) => match callable
+                        .invoke_quick(|at| if at < RECORD_WORDS { request.word(at) } else { 0 })
+                    {
+                        Some(result) => (result, 0),
+                        None => call_in_slot(callable, request, &self.slot, blocks),
+                    },
+                    None => {
+                        self.on = function != STREAM_END;
+                        (0, 0)
+                    }
+                };
+            stream.answer(position, word, errno);
+            sleepers.wake_host(self.barrier);
+            position += 1;
+            if !self.on {
+                break;
+            }
+        }
+        self.position = position;
     }
 }
 
-/// A call that is more than a few integers: its words pass through a slot of this thread's own, where every kind of call can run.
+/// A call that is more than a few integers: its words pass through a slot of this thread's own, where every kind of call can run. Gives the result and `errno`. (A returned string does not
+/// fit a reply: hosts do not ask for one.)
 #[inline(never)]
-fn call_in_slot(callable: &Callable, request: &Record, reply: &Record, slot: &Slot, blocks: &mut Blocks) {
+fn call_in_slot(callable: &Callable, request: Record<'_>, slot: &Slot, blocks: &mut Blocks) -> (u64, i32) {
     for at in 0..RECORD_WORDS {
         slot.set_word(at, request.word(at));
     }
     callable.invoke(slot, blocks);
-    // The result, and errno in word 2. A returned string does not fit a record: hosts do not ask for one.
-    for at in 0..3 {
-        reply.set_word(at, slot.word(at));
-    }
+    (slot.word(0), callable.errno_in(slot))
 }

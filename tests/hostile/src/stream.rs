@@ -6,30 +6,37 @@ use crate::process::{self, sleep_for_ever};
 use crate::session::beside;
 use crate::{Lie, session};
 use hotcell_channel::session::{self as fixed};
-use hotcell_channel::stream::{ASLEEP, AWAKE, Barrier, RECORDS};
+use hotcell_channel::stream::{ASLEEP, AWAKE, Barrier, RECORDS, Width};
 use hotcell_channel::wait;
 use std::time::Duration;
+
+/// A call of the stream.
+#[derive(Clone, Copy)]
+struct At {
+    position: u64,
+    width: Width,
+}
 
 /// Never returns: lies, or serves honestly if the lie is none of these.
 pub(crate) fn tell(session: Session, lie: &Lie) {
     let number = lie.number;
     match &*lie.name {
         // Any head in place of each reply.
-        "stream-head" => serve(session, move |session, position| {
-            session.region.stream().forge_reply(position, number);
+        "stream-head" => serve(session, move |session, at| {
+            session.region.stream().forge_reply(at.position, number);
             wake(session);
         }),
         // The reply of a call that is as far from the one that was made as the number says.
-        "stream-shifted" => serve(session, move |session, position| {
-            let head = position.wrapping_add(1).wrapping_add(number) & u64::from(u32::MAX);
-            session.region.stream().forge_reply(position, head);
+        "stream-shifted" => serve(session, move |session, at| {
+            let head = at.position.wrapping_add(1).wrapping_add(number) & u64::from(u32::MAX);
+            session.region.stream().forge_reply(at.position, head);
             wake(session);
         }),
         "stream-silence" => serve(session, |_, _| sleep_for_ever()),
         // All replies there can be, before anything was asked.
         "stream-before-requests" => {
             for position in 0..RECORDS as u64 {
-                session.region.stream().answer(position);
+                session.region.stream().answer(position, 0, 0);
             }
             serve(session, honestly)
         }
@@ -56,16 +63,16 @@ pub(crate) fn tell(session: Session, lie: &Lie) {
             serve(session, honestly)
         }
         // The replies are there, and nobody is woken.
-        "stream-without-waking" => serve(session, |session, position| {
+        "stream-without-waking" => serve(session, |session, at| {
             std::thread::sleep(Duration::from_millis(5));
-            answer(session, position);
+            answer(session, at);
         }),
-        "stream-taken-and-exit" => serve(session, move |session, position| {
-            if position == 3 {
+        "stream-taken-and-exit" => serve(session, move |session, at| {
+            if at.position == 3 {
                 session.region.progress().take_stream(number);
                 process::die(9);
             }
-            honestly(session, position);
+            honestly(session, at);
         }),
         // A barrier that there is none of.
         "stream-barrier" => serve_with(session, fixed::OK, number, honestly),
@@ -78,13 +85,13 @@ pub(crate) fn tell(session: Session, lie: &Lie) {
 }
 
 /// Serves honestly, and lies beside that from the first call on.
-fn from_the_first_call(lie: impl FnOnce(Session) + Send + 'static) -> impl FnMut(&Session, u64) {
+fn from_the_first_call(lie: impl FnOnce(Session) + Send + 'static) -> impl FnMut(&Session, At) {
     let mut lie = Some(lie);
-    move |session, position| {
+    move |session, at| {
         if let Some(lie) = lie.take() {
             beside(session.clone(), lie);
         }
-        honestly(session, position);
+        honestly(session, at);
     }
 }
 
@@ -93,41 +100,40 @@ fn wake(session: &Session) {
 }
 
 /// As a worker whose functions return their first argument.
-fn answer(session: &Session, position: u64) {
+fn answer(session: &Session, at: At) {
     let stream = session.region.stream();
-    stream.reply(position).set_word(0, stream.request(position).word(0));
-    stream.answer(position);
+    stream.answer(at.position, stream.request(at.position, at.width).word(0), 0);
 }
 
-fn honestly(session: &Session, position: u64) {
-    answer(session, position);
+fn honestly(session: &Session, at: At) {
+    answer(session, at);
     wake(session);
 }
 
-fn serve(session: Session, reply: impl FnMut(&Session, u64)) -> ! {
+fn serve(session: Session, reply: impl FnMut(&Session, At)) -> ! {
     serve_with(session, fixed::OK, Barrier::Fence as u64, reply)
 }
 
 /// Answers everything but the stream honestly, `STREAM` with these words, and each of its calls by `reply`. Never sleeps on the bell, so the host need not ring.
-fn serve_with(mut session: Session, status: u64, barrier: u64, mut reply: impl FnMut(&Session, u64)) -> ! {
-    let mut position = None;
+fn serve_with(mut session: Session, status: u64, barrier: u64, mut reply: impl FnMut(&Session, At)) -> ! {
+    let mut next: Option<At> = None;
     loop {
-        if let Some(at) = position
-            && let Some(function) = session.region.stream().requested(at)
+        if let Some(at) = next
+            && let Some(function) = session.region.stream().requested(at.position, at.width)
         {
-            session.region.progress().take_stream(at + 1);
+            session.region.progress().take_stream(at.position + 1);
             if function == fixed::STREAM_END {
                 honestly(&session, at);
-                position = None;
+                next = None;
             } else {
                 reply(&session, at);
-                position = Some(at + 1);
+                next = Some(At { position: at.position + 1, ..at });
             }
             continue;
         }
         match session.look() {
             Some(seen) if seen.function == fixed::STREAM => {
-                position = Some(seen.slot.word(0));
+                next = Some(At { position: seen.slot.word(0), width: Width::from_word(seen.slot.word(2)) });
                 seen.slot.set_word(0, status);
                 seen.slot.set_word(1, barrier);
                 wait::reply(seen.slot);
