@@ -80,8 +80,6 @@ pub const UNSURE_SLICE: Duration = Duration::from_millis(1);
 const TURN_MASK: u64 = u32::MAX as u64;
 /// Records that the worker serves in a row before it looks at the other lanes.
 pub const BATCH: u32 = 16;
-/// How far ahead the host asks for the next request's line.
-const AHEAD: u64 = 4;
 
 /// Who makes the publisher's barrier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,9 +266,6 @@ impl Stream {
     pub fn publish(&self, position: u64, width: Width, function: u32) {
         let head = turn(position) | u64::from(function) << 32;
         self.request(position, width).head.store(head, Release); // SYNC stream request
-        // The store into that line does not wait for it then.
-        #[cfg(not(loom))]
-        crate::sys::prefetch_for_write(self.request(position.wrapping_add(AHEAD), width).head);
     }
 
     /// Worker: the function of call `position`, if it is there.

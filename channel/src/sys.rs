@@ -275,30 +275,6 @@ pub fn global_barrier() -> bool {
     unsafe { libc::syscall(libc::SYS_membarrier, GLOBAL_EXPEDITED, 0, 0) == 0 }
 }
 
-/// Asks the processor for the line of `what`, to write to it soon (`prefetchw`). A hint: it changes nothing, and does nothing on other machines.
-#[inline(always)]
-pub fn prefetch_for_write<T>(what: &T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch accesses no memory; the instruction exists on every x86-64 processor (as a hint without effect on the oldest).
-    unsafe {
-        core::arch::asm!("prefetchw [{}]", in(reg) std::ptr::from_ref(what), options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = what;
-}
-
-/// Asks the processor for the line of `what`, to read it soon (`prefetcht0`). As [`prefetch_for_write`].
-#[inline(always)]
-pub fn prefetch_for_read<T>(what: &T) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch accesses no memory.
-    unsafe {
-        core::arch::asm!("prefetcht0 [{}]", in(reg) std::ptr::from_ref(what), options(nostack, preserves_flags, readonly));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = what;
-}
-
 /// `prctl(PR_SET_PDEATHSIG)`: the calling process gets `signal` when the thread that started it ends.
 ///
 /// # Errors

@@ -105,40 +105,48 @@ impl<'r> StreamLane<'r> {
     ) {
         let region = self.region;
         let (stream, sleepers, progress) = (region.stream(), region.sleepers(), region.progress());
-        // As few stores as can be: each to another line than the reply's makes replies wait (see [`hotcell_channel::stream`]).
         if !self.on {
             return;
         }
+        // As few stores as can be, since each to another line than the reply's makes replies wait (see [`hotcell_channel::stream`]). A pipeline calls one function, so it is looked up, and noted as
+        // what runs, when it changes.
         let mut position = self.position;
+        let mut current = None;
         for _ in 0..most {
             let Some(function) = stream.requested(position, width) else { break };
             progress.take_stream(position + 1);
-            if running.load(Relaxed) != function {
-                running.store(function, Relaxed);
-            }
-            let request = stream.request(position, width);
-            let (word, errno) =
-                match function.checked_sub(FUNCTIONS_BASE).and_then(|i| functions.get(i as usize)) {
-                    Some(callable) => match callable
-                        .invoke_quick(|at| if at < RECORD_WORDS { request.word(at) } else { 0 })
-                    {
-                        Some(result) => (result, 0),
-                        None => call_in_slot(callable, request, &self.slot, blocks),
-                    },
-                    None => {
+            let callable = match current {
+                Some((last, callable)) if last == function => callable,
+                _ => {
+                    running.store(function, Relaxed);
+                    let Some(callable) = resolved(functions, function) else {
+                        stream.answer(position, 0, 0);
+                        sleepers.wake_host(self.barrier);
+                        position += 1;
                         self.on = function != STREAM_END;
-                        (0, 0)
-                    }
-                };
+                        break;
+                    };
+                    current = Some((function, callable));
+                    callable
+                }
+            };
+            let request = stream.request(position, width);
+            let (word, errno) = match callable.invoke_quick(|at| request.word(at)) {
+                Some(result) => (result, 0),
+                None => call_in_slot(callable, request, &self.slot, blocks),
+            };
             stream.answer(position, word, errno);
             sleepers.wake_host(self.barrier);
             position += 1;
-            if !self.on {
-                break;
-            }
         }
         self.position = position;
     }
+}
+
+#[cold]
+#[inline(never)]
+fn resolved(functions: &[Callable], function: u32) -> Option<&Callable> {
+    functions.get(function.checked_sub(FUNCTIONS_BASE)? as usize)
 }
 
 /// A call that is more than a few integers: its words pass through a slot of this thread's own, where every kind of call can run. Gives the result and `errno`. (A returned string does not

@@ -7,7 +7,6 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
 use hotcell::{Function, Ticket};
-use hotcell_channel::sys::prefetch_for_write;
 
 use crate::Result;
 use crate::cell::Cell;
@@ -111,7 +110,7 @@ impl<S: Stream> Row for Sustained<S> {
 }
 
 /// A ring of records each way, one cache line a call each way, and two processes that spin. A record's state is the number of its call, so each line says by
-/// itself whose turn it is; nothing else is shared. Each side asks early for the lines that it is about to write, as ours does. The caller never has more in flight than the rings hold, so nobody looks for room.
+/// itself whose turn it is; nothing else is shared. Asking early for the lines that are about to be written (`prefetchw`) makes no difference to it. The caller never has more in flight than the rings hold, so nobody looks for room.
 pub struct BareStream {
     shared: Shared<Record>,
     peer: Peer,
@@ -120,8 +119,6 @@ pub struct BareStream {
 }
 
 const RECORDS: u32 = 256;
-/// How far ahead the next lines are asked for.
-const AHEAD: u32 = 4;
 const BYTES: usize = 2 * RECORDS as usize * size_of::<Record>();
 /// In the first record's state: the peer goes back to its gate, and says so by [`AT_GATE`].
 const LEAVE: u32 = 1;
@@ -157,7 +154,6 @@ impl Stream for BareStream {
         let record = record(&self.shared, 0, self.sent);
         record.write_request(a, b);
         record.state.store(written(self.sent), Ordering::Release);
-        prefetch_for_write(self::record(&self.shared, 0, self.sent.wrapping_add(AHEAD)));
         self.sent = self.sent.wrapping_add(1);
     }
 
@@ -195,7 +191,6 @@ pub fn serve(mut caller: Caller) -> Result<()> {
                 let reply = record(&shared, 1, number);
                 reply.write_request(crate::add(a as i32, b as i32), 0);
                 reply.state.store(written(number), Ordering::Release);
-                prefetch_for_write(record(&shared, 1, number.wrapping_add(AHEAD)));
                 number = number.wrapping_add(1);
             } else if shared.state.load(Ordering::Acquire) == LEAVE {
                 break;
