@@ -35,6 +35,7 @@ use hotcell_channel::slot::{FUNCTIONS_MAX, SLOTS_MAX, Slot, Turn, WORDS_MAX};
 use hotcell_channel::sys;
 use hotcell_channel::wait::{self, Spin, Waited};
 use rustc_hash::FxHashMap;
+use std::cell::Cell;
 use std::ffi::CString;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, OwnedFd};
@@ -935,7 +936,7 @@ impl SessionInner {
     #[inline(never)]
     fn wait_straight(&self, target: &Target, sequence: u64) -> Option<Box<CallError>> {
         let mut frame = Frame::new(self, Lane::Direct, self.region.direct(), sequence);
-        frame.stage = Stage::Published;
+        frame.stage.set(Stage::Published);
         let waited = frame.wait_slowly(target.timeout);
         if waited != Waited::Replied {
             let name = FunctionName::clone(&target.name);
@@ -1671,7 +1672,7 @@ impl SessionInner {
         let Ok(mut frame) = self.claim_ring(&mut budget, || self.own_name("close")) else { return false };
         frame.publish(fixed::CLOSE, fixed::CLOSE);
         let closed = frame.wait_at_most(&mut budget) == Waited::Replied;
-        frame.stage = if closed { Stage::Replied } else { Stage::Lost };
+        frame.stage.set(if closed { Stage::Replied } else { Stage::Lost });
         drop(frame);
         if closed {
             self.thread_ended();
@@ -1694,7 +1695,7 @@ impl SessionInner {
         // Without a free slot (each is held by a dropped ticket behind the abandoned call) the thread stays until the worker ends.
         if let Some(mut frame) = self.try_claim_ring() {
             frame.publish(fixed::CLOSE, fixed::CLOSE);
-            frame.stage = Stage::Lost;
+            frame.stage.set(Stage::Lost);
         }
     }
 }
@@ -1813,7 +1814,8 @@ pub struct Frame<'s> {
     session: &'s SessionInner,
     slot: &'s Slot,
     lane: Lane,
-    stage: Stage,
+    /// In a cell: a frame on loan may lose the slot.
+    stage: Cell<Stage>,
     sequence: u64,
     /// Next free payload byte and the end of what was reserved, as offsets in the arena.
     cursor: u64,
@@ -1832,7 +1834,7 @@ impl<'s> Frame<'s> {
             session,
             slot,
             lane,
-            stage: Stage::Claimed,
+            stage: Cell::new(Stage::Claimed),
             sequence,
             cursor: 0,
             end: 0,
@@ -1950,7 +1952,7 @@ impl<'s> Frame<'s> {
     #[inline(always)]
     pub(crate) fn publish(&mut self, function: u32, label: u32) {
         let session = self.session;
-        self.stage = Stage::Published;
+        self.stage.set(Stage::Published);
         match self.lane {
             Lane::Direct => {
                 session.publish_direct(self.slot, function, self.payload_number(), label, self.sequence);
@@ -1974,7 +1976,7 @@ impl<'s> Frame<'s> {
     ) -> Result<(), CallError> {
         let waited = self.wait_at_most(budget);
         if waited == Waited::Replied {
-            self.stage = Stage::Replied;
+            self.stage.set(Stage::Replied);
             return Ok(());
         }
         Err(self.lost(waited, budget.timeout(), function()))
@@ -2006,12 +2008,11 @@ impl<'s> Frame<'s> {
     #[cold]
     #[inline(never)]
     fn lost(&mut self, waited: Waited, timeout: Duration, function: FunctionName) -> CallError {
-        self.stage = Stage::Lost;
+        self.stage.set(Stage::Lost);
         let session = self.session;
         match waited {
             Waited::TimedOut => {
-                // A slot on loan cannot be given up.
-                let worker_killed = session.options.on_deadline == OnDeadline::KillWorker || self.borrowed;
+                let worker_killed = session.options.on_deadline == OnDeadline::KillWorker;
                 if worker_killed {
                     let cause = Cause::DeadlineExceeded { function: function.clone(), after: timeout };
                     session.worker.end(cause, Some(session.id));
@@ -2029,7 +2030,7 @@ impl<'s> Frame<'s> {
                 let Some(bytes_max) = session.options.limits.memory_bytes else {
                     return session.broken("a refusal of memory that has no limit".into(), &function);
                 };
-                self.stage = Stage::Replied;
+                self.stage.set(Stage::Replied);
                 let (asked, used) = (self.reply(0), self.reply(1));
                 CallError::SessionMemoryExceeded { function, asked, used, bytes_max }
             }
@@ -2106,10 +2107,16 @@ impl<'s> Frame<'s> {
     ) -> Result<CString, CallError> {
         let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
         let claim = |budget: &mut Budget| self.follow_up("read", budget);
-        self.session.read_memory(address, &mut bytes, &mut budget, claim)?;
-        let mut free = self.follow_up("free", &mut budget)?;
-        free.run_fixed(fixed::FREE, &[address], "free", &mut budget)?;
-        Ok(c_string(bytes))
+        let fetched = self.session.read_memory(address, &mut bytes, &mut budget, claim).and_then(|()| {
+            self.follow_up("free", &mut budget)?.run_fixed(fixed::FREE, &[address], "free", &mut budget)
+        });
+        if matches!(self.lane, Lane::Direct)
+            && matches!(fetched, Err(CallError::TimedOut { worker_killed: false, .. }))
+        {
+            // The slot was on loan to a request that it is abandoned to: not ours to give back any more.
+            self.stage.set(Stage::Lost);
+        }
+        fetched.map(|_| c_string(bytes))
     }
 
     /// Takes the frame apart for a ticket.
@@ -2131,7 +2138,7 @@ impl Detached {
     /// Puts the frame together again.
     pub(crate) fn attach(self, session: &SessionInner) -> Frame<'_> {
         let mut frame = Frame::new(session, self.lane, session.slot(self.lane), self.sequence);
-        frame.stage = Stage::Published;
+        frame.stage.set(Stage::Published);
         frame.block = self.block;
         frame
     }
@@ -2150,7 +2157,7 @@ impl Detached {
 impl Drop for Frame<'_> {
     #[inline(always)]
     fn drop(&mut self) {
-        if self.stage == Stage::Replied && self.block.is_none() && !self.borrowed {
+        if self.stage.get() == Stage::Replied && self.block.is_none() && !self.borrowed {
             return self.session.release(self.lane);
         }
         self.drop_slowly();
@@ -2169,7 +2176,7 @@ impl Frame<'_> {
         if self.session.is_forked() {
             return; // its locks may be held for ever, by threads that were not forked
         }
-        match (self.stage, self.lane) {
+        match (self.stage.get(), self.lane) {
             (Stage::Replied, _) | (Stage::Claimed, Lane::Direct) => {
                 if let Some(block) = self.block.take() {
                     self.session.free_block(block);

@@ -493,6 +493,54 @@ fn submitted_call_can_be_abandoned_and_those_behind_it_still_answer() {
 }
 
 #[test]
+fn a_string_that_is_not_fetched_in_time_gives_its_session_up_and_no_other() {
+    let _watchdog = watchdog();
+    in_time(Duration::from_millis(400), |timeout| {
+        let cell = abandoning();
+        let other = Cell::in_worker(cell.worker.clone());
+        let add = cell.add();
+        let (wait, first, second) = (wait_for(&cell), Gate::new(&cell), Gate::new(&cell));
+        let strdup = cell.session.load("libc.so.6").unwrap();
+        let strdup = strdup.function::<fn(In<str>) -> CString>("strdup").unwrap();
+        let text = "x".repeat(5000);
+        // This thread is at home in the direct slot. The worker looks at the two kinds of slots in turn: it serves the string's call between these two, and the request for the string's bytes, on the
+        // direct slot again, behind the second.
+        let tickets = [&first, &second].map(|gate| wait.submit(gate.pointer(), 0).unwrap());
+        let before = cell.session.counters().requests;
+        let late = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                eventually("the call is sent", || cell.session.counters().requests > before);
+                first.open();
+            });
+            strdup.with_timeout(timeout).unwrap().call(&text)
+        });
+        match late {
+            Err(CallError::StringLost { source, .. }) => {
+                assert_eq!(timed_out::<()>(Err(*source), false), timeout);
+            }
+            // Its time was over before it was called.
+            late => {
+                assert_eq!(timed_out(late.map(drop), false), timeout);
+                second.open();
+                return None;
+            }
+        }
+        assert_eq!(other.add().call(2, 3).unwrap(), 5, "other sessions go on");
+        assert!(matches!(add.call(2, 3), Err(CallError::Abandoned { .. })));
+        second.open();
+        for ticket in tickets {
+            assert_eq!(ticket.wait().unwrap(), 0);
+        }
+        eventually("the session is back", || cell.session.ping().is_ok());
+        for i in 0..300 {
+            assert_eq!(add.call(i, i).unwrap(), 2 * i);
+            assert_eq!(strdup.call(&text).unwrap().as_bytes(), text.as_bytes());
+        }
+        Some(())
+    });
+}
+
+#[test]
 fn several_abandoned_calls_must_all_return_before_the_session_does() {
     let _watchdog = watchdog();
     let cell = abandoning();
