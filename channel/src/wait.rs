@@ -419,7 +419,14 @@ pub fn wait_request(
 ///   before the words of the request are, so a processor that expects the turn in this look asks while the slot's line is still on its way.
 #[cold]
 #[inline(never)]
-pub fn expect_payload(direct: &Slot, ring: &Slot, spin: &Spin, number: u32, soon: impl Fn(u32)) {
+pub fn expect_payload(
+    direct: &Slot,
+    ring: &Slot,
+    spin: &Spin,
+    progress: &Progress,
+    number: u32,
+    soon: impl Fn(u32),
+) {
     if spin.looks() == 0 {
         return;
     }
@@ -438,8 +445,20 @@ pub fn expect_payload(direct: &Slot, ring: &Slot, spin: &Spin, number: u32, soon
     }
     if spin.policy != Policy::Spin {
         let most = copies(layout::payload_bytes(number));
-        spin.spin_on(most, || direct.has_request() || ring.has_request(), || true);
+        let found = || direct.has_request() || ring.has_request();
+        spin.spin_on(most, found, || true);
+        // Else the wait goes on in [`wait_request`], and is counted there.
+        if found() {
+            count_wait(spin, progress, false);
+        }
     }
+}
+
+/// Worker: counts a wait for a request that ended later than at the first looks.
+fn count_wait(spin: &Spin, progress: &Progress, parked: bool) {
+    spin.count(parked);
+    let (spins, sleeps) = spin.waits();
+    progress.set_waits(spins, sleeps);
 }
 
 /// How much longer than [`SPIN_MAX`] to spin for a payload of so many bytes. Twice what copies out and in take here; no more than a few wake-ups, which are little beside
@@ -478,9 +497,7 @@ fn wait_request_slow(
         spin.spin_on(SPIN_MAX, || direct.has_request() || ring.has_request(), || true);
     }
     let spun = found();
-    spin.count(spun.is_none());
-    let (spins, sleeps) = spin.waits();
-    progress.set_waits(spins, sleeps);
+    count_wait(spin, progress, spun.is_none());
     match spun {
         Some(which) => which,
         None => park_for_request(direct, ring, found, spin, bell, progress, calls),
@@ -603,7 +620,7 @@ mod tests {
             let asked = std::cell::RefCell::new(Vec::new());
             let expect = || {
                 asked.borrow_mut().clear();
-                expect_payload(&p.direct, &p.ring, &Spin::new(policy), 16, |line| {
+                expect_payload(&p.direct, &p.ring, &Spin::new(policy), &p.progress, 16, |line| {
                     asked.borrow_mut().push(line);
                 });
                 asked.borrow().clone()
@@ -615,6 +632,20 @@ mod tests {
             publish(&p.direct, &p.bell);
             let both = if looks == 0 { vec![] } else { vec![0, 15] };
             assert_eq!(expect(), both, "the first line is asked for before the look, the last one after it");
+        }
+    }
+
+    #[test]
+    fn a_wait_that_ends_in_the_spin_for_a_payload_is_counted() {
+        for (policy, spun) in [(Policy::Adaptive, 1), (Policy::Spin, 0), (Policy::Park, 0)] {
+            let (p, spin) = (pair(), Spin::new(policy));
+            // One that lies in a block: no looks come before the spin.
+            let expect = || expect_payload(&p.direct, &p.ring, &spin, &p.progress, SCRATCH_LINES + 1, |_| ());
+            expect();
+            assert_eq!(p.progress.waits(), (0, 0), "it has not ended");
+            publish(&p.direct, &p.bell);
+            expect();
+            assert_eq!(p.progress.waits(), (spun, 0));
         }
     }
 

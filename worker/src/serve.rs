@@ -151,7 +151,8 @@ impl Session<'_> {
         let Some((ring, spin)) = payload.filter(|_| number != 0) else { return false };
         wait::reply(slot);
         if !self.stream.is_on() {
-            wait::expect_payload(slot, ring, spin, number, |line| self.region.scratch_soon(line));
+            let progress = self.region.progress();
+            wait::expect_payload(slot, ring, spin, progress, number, |line| self.region.scratch_soon(line));
         }
         true
     }
