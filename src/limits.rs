@@ -423,7 +423,7 @@ impl SessionBuilder {
         self
     }
 
-    /// Default: none. CPU time of the session's thread, in calls and between them (it spins for at most 50 µs before it sleeps); 10 ms and more. At the limit its worker ends with
+    /// Default: none. CPU time of the session's thread, in calls and between them (it spins for at most 50 µs before it sleeps, up to 200 µs more after a large payload); 10 ms and more. At the limit its worker ends with
     /// [`Cause::CpuTimeExceeded`](crate::Cause::CpuTimeExceeded).
     pub fn cpu_time_max(mut self, time: Duration) -> Self {
         self.limits.cpu_time = Some(time);

@@ -64,7 +64,7 @@ pub const REFUSED: u32 = 5;
 /// Added by whoever is about to sleep until this word changes.
 pub const PARKED: u32 = 1 << 31;
 
-/// Bits of the function word that name the function; the upper twelve name the next ring slot.
+/// Bits of the function word that name the function; the upper twelve hold a number: see [`Slot::set_function`].
 pub const FUNCTION_BITS: u32 = 20;
 /// Most functions that a session may resolve.
 pub const FUNCTIONS_MAX: u32 = (1 << FUNCTION_BITS) - 1;

@@ -18,7 +18,7 @@
 //! **Law.** Each side writes only its own ring, and only a record that the other side is done with. The host has at most [`IN_FLIGHT_MAX`] calls without a reply
 //! (and one [`STREAM_END`](crate::session::STREAM_END) behind them), so request `p` is written after reply `p - 256` was read: by then the worker has read request `p - 256`,
 //! which it did before it answered, and the host has read the reply that reply `p` overwrites. Positions are private: nothing that is shared indexes anything. Neighbours in a line are other
-//! words, so one may be written while another is read. The width changes only while the stream is off, when the worker looks at no request; what stands in place of a head then may be an old
+//! words, so one may be written while another is read. The width changes only when the worker has taken all that was sent: mostly while the stream is off, and it looks at no request. (If it came to `STREAM` only after the host's deadline it may still look, with the former width, for the next call. That finds none: each head that is written then is the turn of an earlier one.) What stands in place of a head then may be an old
 //! argument, which could be any turn: [`Stream::forget_requests`].
 //!
 //! **Publishing is one plain store.** A head holds the low 32 bits of the call's position plus one, its *turn*, beside the function in a request and `errno` in a reply. It is stored last (release) and

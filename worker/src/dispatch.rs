@@ -34,7 +34,7 @@ const INTEGER_REGISTERS: usize = 6;
 const FLOAT_REGISTERS: usize = 8;
 const _: () = assert!(INTEGER_REGISTERS + FLOAT_REGISTERS <= WORDS_MAX);
 
-/// A resolved function, ready to be called. The two commonest kinds are called in line.
+/// A resolved function, ready to be called. The commonest kinds are called in line.
 pub(crate) enum Callable {
     /// Integer registers only, none of them a pointer, and nothing to be done besides the call.
     Integers(Integers),
@@ -126,7 +126,7 @@ impl Callable {
         }
     }
 
-    /// Calls the function with words from elsewhere, if it is one of the two commonest kinds. `word` gives one for each register of its kind.
+    /// Calls the function with words from elsewhere, if it takes registers of one kind and nothing else is to be done. `word` gives one for each register of its kind.
     #[inline(always)]
     pub(crate) fn invoke_quick(&self, word: impl Fn(usize) -> u64) -> Option<u64> {
         match self {

@@ -21,7 +21,7 @@ pub(crate) struct StreamLane<'r> {
     last: Lane,
     /// It was said that the barrier fails.
     complained: bool,
-    /// Where calls run that are more than a few integers.
+    /// Where calls run that are more than registers of one kind.
     slot: Slot,
 }
 
@@ -149,7 +149,7 @@ fn resolved(functions: &[Callable], function: u32) -> Option<&Callable> {
     functions.get(function.checked_sub(FUNCTIONS_BASE)? as usize)
 }
 
-/// A call that is more than a few integers: its words pass through a slot of this thread's own, where every kind of call can run. Gives the result and `errno`. (A returned string does not
+/// A call that is more than registers of one kind: its words pass through a slot of this thread's own, where every kind of call can run. Gives the result and `errno`. (A returned string does not
 /// fit a reply: hosts do not ask for one.)
 #[inline(never)]
 fn call_in_slot(callable: &Callable, request: Record<'_>, slot: &Slot, blocks: &mut Blocks) -> (u64, i32) {
