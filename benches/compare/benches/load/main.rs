@@ -90,8 +90,9 @@ fn load(options: &Options) -> Result<ExitCode> {
         println!("## numbers\n\n{}", schedule::Table(&rows));
         if options.has("--plot") {
             let (rate, burst) = DRAWN;
-            let lines: Vec<_> =
+            let mut lines: Vec<_> =
                 rows.iter().filter_map(|row| row.percentiles(Schedule { rate, burst })).collect();
+            lines.sort_by_key(|line| line.name != TYPED);
             let title = format!("{rate} calls a second, latency from when each was due{}", placed(&rows));
             plot::percentiles(&picture("latency-percentiles.svg")?, &title, &lines)?;
         }

@@ -1,6 +1,8 @@
 //! The pictures: lines over two logarithmic axes, as SVG.
 
+use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use hotcell_compare::Result;
 use hotcell_compare::report::Time;
@@ -9,7 +11,7 @@ use plotters::prelude::*;
 use crate::schedule::Line;
 
 const SIZE: (u32, u32) = (860, 480);
-/// Told apart by colour-blind readers too (Okabe and Ito); ours is the first.
+/// Told apart by colour-blind readers too (Okabe and Ito). The first is that of the first line, ours.
 const COLOURS: [RGBColor; 9] = [
     RGBColor(213, 94, 0),
     RGBColor(0, 0, 0),
@@ -57,11 +59,15 @@ fn draw(
     };
     let (x, y) = (extent(points().map(|(x, _)| x).collect()), extent(points().map(|(_, y)| y).collect()));
 
-    let area = SVGBackend::new(path, SIZE).into_drawing_area();
-    area.fill(&WHITE)?;
+    let whole = SVGBackend::new(path, SIZE).into_drawing_area();
+    whole.fill(&WHITE)?;
+    let (area, foot) = whole.split_vertically(SIZE.1 - 22);
+    let grey = BLACK.mix(0.6);
+    foot.draw(&Text::new(where_and_when()?, (12, 2), ("sans-serif", 12).into_font().color(&grey)))?;
     let mut chart = ChartBuilder::on(&area)
         .caption(title, ("sans-serif", 18))
         .margin(12)
+        .margin_right(36) // for the half of the last label
         .x_label_area_size(44)
         .y_label_area_size(72)
         .build_cartesian_2d(x.log_scale(), y.log_scale())?;
@@ -83,10 +89,30 @@ fn draw(
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::LowerRight)
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .draw()?;
-    area.present()?;
+    whole.present()?;
     Ok(())
+}
+
+/// The machine and the date, for the foot of a picture.
+fn where_and_when() -> Result<String> {
+    let processors = fs::read_to_string("/proc/cpuinfo")?;
+    let mut models = processors.lines().filter_map(|line| {
+        let (field, value) = line.split_once(':')?;
+        (field.trim() == "model name").then(|| value.trim())
+    });
+    let model = models.next().unwrap_or("unknown processor");
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    // Without what a distributor puts behind the version.
+    let kernel = release.split(['-', '+']).next().unwrap_or_default();
+    let date = Command::new("date").arg("+%F").output()?.stdout;
+    Ok(format!(
+        "{model}, {} CPUs, Linux {}, {}",
+        1 + models.count(),
+        kernel.trim(),
+        String::from_utf8_lossy(&date).trim()
+    ))
 }
