@@ -34,7 +34,7 @@ use crate::sys::{futex_wait, futex_wake};
 
 /// Longest sleep of a host before it looks at its own facts again.
 pub const SLICE: Duration = Duration::from_millis(50);
-/// Longest spin under [`Policy::Adaptive`], but for payloads: see [`copies`].
+/// Longest spin under [`Policy::Adaptive`], but for payloads.
 pub const SPIN_MAX: Duration = Duration::from_micros(50);
 /// Twice the time in which 1 KiB is copied out and in again.
 const COPY_NANOS_IN_KIB: u64 = 100;
