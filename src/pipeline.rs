@@ -69,6 +69,11 @@ impl StreamBooks {
     }
 
     #[inline(always)]
+    fn set_sent(&self, sent: u64) {
+        self.positions.sent.store(sent, Release);
+    }
+
+    #[inline(always)]
     fn set_received(&self, received: u64) {
         self.positions.received.store(received, Release);
     }
@@ -392,7 +397,7 @@ impl<F: Pipelined> Pipeline<F> {
         let stream = session.region.stream();
         F::encode_words(values, session, &function.target.name, || {
             // Before it is out, so that what the worker has taken was sent; and before its words, so that all stores to the request come one after the other.
-            session.stream.positions.sent.store(position + 1, Release);
+            session.stream.set_sent(position + 1);
             stream.request(position, F::WIDTH)
         })?;
         publish::<F>(session, stream, position, function.target.index, self.barrier);
@@ -486,7 +491,7 @@ impl<F: Pipelined> Drop for Pipeline<F> {
             // There is room: one record more than calls can be in flight. The worker stops listening when it comes there.
             let position = session.stream.sent();
             owner.end = Some(position);
-            session.stream.positions.sent.store(position + 1, Release);
+            session.stream.set_sent(position + 1);
             publish::<F>(session, session.region.stream(), position, STREAM_END, self.barrier);
         }
         owner.taken = None;

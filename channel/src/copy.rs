@@ -39,26 +39,13 @@ pub(crate) unsafe fn from_shared(source: *const u8, target: *mut u8, bytes: usiz
 
 #[cfg(target_arch = "x86_64")]
 mod machine {
-    /// # Safety
-    /// As [`super::to_shared`].
-    #[inline(always)]
-    pub(super) unsafe fn to_shared(source: *const u8, target: *mut u8, bytes: usize) {
-        // SAFETY: the caller's promise covers it.
-        unsafe { copy(source, target, bytes) }
-    }
-
-    /// # Safety
-    /// As [`super::from_shared`].
-    #[inline(always)]
-    pub(super) unsafe fn from_shared(source: *const u8, target: *mut u8, bytes: usize) {
-        // SAFETY: the caller's promise covers it.
-        unsafe { copy(source, target, bytes) }
-    }
+    // To the machine's code both are the same.
+    pub(super) use self::{copy as from_shared, copy as to_shared};
 
     /// # Safety
     /// `source` is readable and `target` writable for `bytes` bytes, and they do not overlap.
     #[inline(always)]
-    unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
+    pub(super) unsafe fn copy(source: *const u8, target: *mut u8, bytes: usize) {
         // SAFETY: calls `memcpy(target, source, bytes)` by the System V ABI: its three arguments are in their registers, all registers that a callee may change are
         // declared as changed, and without `nostack` the stack is aligned for a call and nothing of ours lies below its pointer. `memcpy` does not unwind. What it
         // reads and writes is what the caller promises.

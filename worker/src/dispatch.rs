@@ -12,6 +12,7 @@
 //! (stack arguments, variadic functions, other machines) goes through libffi.
 
 use crate::memory::Blocks;
+use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::session::{STRING_LONGER, STRING_LOST, STRING_NULL, STRING_WORDS};
 use hotcell_channel::signature::{ARGS_MAX, Class, Signature, Type};
 use hotcell_channel::slot::{Slot, WORDS_MAX};
@@ -69,6 +70,12 @@ struct Prepared {
     function: Foreign,
     /// Which word each argument is in, in declared order.
     words: Vec<u8>,
+}
+
+/// The resolved function that a call index stands for.
+#[inline(always)]
+pub(crate) fn resolved(functions: &[Callable], function: u32) -> Option<&Callable> {
+    functions.get(function.checked_sub(FUNCTIONS_BASE)? as usize)
 }
 
 impl Callable {

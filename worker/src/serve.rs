@@ -1,7 +1,7 @@
 //! One session: take a request, dispatch it, publish the reply.
 
 use crate::crash_handler;
-use crate::dispatch::Callable;
+use crate::dispatch::{Callable, resolved};
 use crate::library::Libraries;
 use crate::memory::Blocks;
 use crate::meter::{self, Meter};
@@ -100,8 +100,7 @@ fn serve_as<const METERED: bool>(
         let (function, next) = slot.function();
         let refusals = if METERED { session.refusals() } else { 0 };
         running.store(function, Relaxed);
-        let callable = function.checked_sub(FUNCTIONS_BASE).and_then(|i| session.functions.get(i as usize));
-        if let Some(callable) = callable {
+        if let Some(callable) = resolved(&session.functions, function) {
             // What may have a payload stands apart, so that the loop of calls of numbers has the registers to itself.
             if !callable.invoke_plain(slot) {
                 let payload = (!METERED && which == Which::Direct).then_some((ring, &spin));
@@ -145,7 +144,7 @@ impl Session<'_> {
     /// Calls a function that takes more than numbers. With `payload`, a call that has one is answered here, and the next one expected: then the answer is true.
     #[inline(never)]
     fn invoke_other(&mut self, function: u32, slot: &Slot, payload: Option<(&Slot, &Spin)>) -> bool {
-        let Some(callable) = self.functions.get((function - FUNCTIONS_BASE) as usize) else { return false };
+        let Some(callable) = resolved(&self.functions, function) else { return false };
         let (_, number) = slot.function();
         callable.invoke(slot, &mut self.blocks);
         let Some((ring, spin)) = payload.filter(|_| number != 0) else { return false };
@@ -177,8 +176,7 @@ impl Session<'_> {
         if function == session::ALLOCATE && slot.word(0) == session::OK {
             self.blocks.free(slot.word(1));
         }
-        let called = function.checked_sub(FUNCTIONS_BASE).and_then(|i| self.functions.get(i as usize));
-        if called.is_some_and(Callable::returns_string) {
+        if resolved(&self.functions, function).is_some_and(Callable::returns_string) {
             self.blocks.free_string();
         }
         slot.set_word(0, asked);

@@ -1,8 +1,7 @@
 //! The stream as a lane of a session: calls in a row, served in batches between looks at the session's two slots.
 
-use crate::dispatch::Callable;
+use crate::dispatch::{Callable, resolved};
 use crate::memory::Blocks;
-use hotcell_channel::layout::FUNCTIONS_BASE;
 use hotcell_channel::region::Region;
 use hotcell_channel::session::STREAM_END;
 use hotcell_channel::slot::Slot;
@@ -141,12 +140,6 @@ impl<'r> StreamLane<'r> {
         }
         self.position = position;
     }
-}
-
-#[cold]
-#[inline(never)]
-fn resolved(functions: &[Callable], function: u32) -> Option<&Callable> {
-    functions.get(function.checked_sub(FUNCTIONS_BASE)? as usize)
 }
 
 /// A call that is more than registers of one kind: its words pass through a slot of this thread's own, where every kind of call can run. Gives the result and `errno`. (A returned string does not
