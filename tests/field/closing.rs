@@ -1,0 +1,1 @@
+//! Sessions and workers that end in order: whatever a library has left behind, nobody else notices.

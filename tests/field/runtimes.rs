@@ -1,0 +1,1 @@
+//! Language runtimes in a worker, as docs/runtimes.md describes them.

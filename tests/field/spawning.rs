@@ -1,0 +1,1 @@
+//! Starting workers: signals, scheduling, wrappers, forks and small stacks of the host.
